@@ -1,0 +1,46 @@
+"""Credits are integers: 1 credit = 1,000,000 micro-credits. Floats never touch money."""
+
+from __future__ import annotations
+
+from decimal import Decimal, InvalidOperation
+
+__all__ = ["CREDITS_MICRO_MAX", "MICRO", "format_credits", "to_micro"]
+
+MICRO = 1_000_000
+
+CREDITS_MICRO_MAX = 10**15
+"""Largest amount of one event, a billion credits: sums of thousands of such events still fit an int64."""
+
+
+def to_micro(amount: Decimal | int | str) -> int:
+    """Exact micro-credits of an amount of credits.
+
+    Args:
+        amount: credits, e.g. `Decimal("17.25")`, `3` or `"0.000001"`. Floats are refused: they are inexact.
+
+    Raises:
+        ValueError: not a finite number, or finer than a micro-credit, or beyond `CREDITS_MICRO_MAX`.
+    """
+    if isinstance(amount, bool) or not isinstance(amount, Decimal | int | str):
+        raise ValueError(
+            f"credits must be a Decimal, an int or a decimal string, not {type(amount).__name__}"
+        )
+    try:
+        value = Decimal(amount)
+    except InvalidOperation:
+        raise ValueError(f"credits {amount!r} is not a decimal number") from None
+    if not value.is_finite():
+        raise ValueError(f"credits {amount!r} is not a finite number")
+    if abs(value) > CREDITS_MICRO_MAX // MICRO:
+        raise ValueError(f"credits {amount} is more than {CREDITS_MICRO_MAX // MICRO} in one event")
+    micro = value.scaleb(6)
+    if micro != micro.to_integral_value():
+        raise ValueError(f"credits {amount} is finer than a micro-credit (six decimal places)")
+    return int(micro)
+
+
+def format_credits(micro: int) -> str:
+    """Credits as people write them, without trailing zeros: 17250000 -> `17.25`."""
+    whole, part = divmod(abs(micro), MICRO)
+    text = f"{whole}.{part:06d}".rstrip("0").rstrip(".")
+    return f"-{text}" if micro < 0 else text

@@ -1,0 +1,176 @@
+"""All settings, from environment variables, validated together at start.
+
+A variable is `METERLINE_` + section + `__` + field in capitals: `METERLINE_KAFKA__BOOTSTRAP_SERVERS`. The
+defaults are the local stack, so that every command works after `meterline up` with no setting at all.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from meterline.errors import UserError
+
+__all__ = [
+    "SANDBOX_API_KEY",
+    "BillingSettings",
+    "ClickHouseSettings",
+    "KafkaSettings",
+    "MeteringSettings",
+    "RedisSettings",
+    "Settings",
+    "StripeSettings",
+    "WorkerSettings",
+    "load_settings",
+]
+
+SANDBOX_API_KEY = "sk_test_meterline_sandbox"
+"""The one key the local Stripe sandbox accepts. It opens nothing anywhere else."""
+
+MINUTE_MS = 60_000
+HOUR_MS = 60 * MINUTE_MS
+DAY_MS = 24 * HOUR_MS
+
+
+class KafkaSettings(BaseModel):
+    """Where Kafka is and how to speak to it."""
+
+    bootstrap_servers: str = "127.0.0.1:19092"
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    sasl_mechanism: str = "SCRAM-SHA-512"
+    sasl_username: str = ""
+    sasl_password: SecretStr = SecretStr("")
+    ssl_ca_location: str = ""
+    registry_url: str = ""
+    """Schema registry; empty: producers write Avro single-object encoding and need no registry."""
+
+    def client_config(self) -> dict[str, str]:
+        """The settings every confluent-kafka client needs, in librdkafka's words."""
+        config = {"bootstrap.servers": self.bootstrap_servers, "security.protocol": self.security_protocol}
+        if self.security_protocol.startswith("SASL"):
+            config |= {
+                "sasl.mechanism": self.sasl_mechanism,
+                "sasl.username": self.sasl_username,
+                "sasl.password": self.sasl_password.get_secret_value(),
+            }
+        if self.ssl_ca_location:
+            config["ssl.ca.location"] = self.ssl_ca_location
+        return config
+
+
+class ClickHouseSettings(BaseModel):
+    """Where the ledger is."""
+
+    host: str = "127.0.0.1"
+    port: int = 19000
+    database: str = "meterline"
+    user: str = "default"
+    password: SecretStr = SecretStr("")
+    secure: bool = False
+    connect_timeout_s: float = 2.0
+    send_receive_timeout_s: float = 30.0
+
+
+class RedisSettings(BaseModel):
+    """Where the credit buckets are."""
+
+    url: str = "redis://127.0.0.1:16379/0"
+
+
+class StripeSettings(BaseModel):
+    """How billing speaks to Stripe.
+
+    With the sandbox's key requests go to the local sandbox; with a real `sk_test_` or `rk_test_` key they
+    go to Stripe's own test mode. Live keys are refused until reconciliation exists.
+    """
+
+    api_key: SecretStr = SecretStr(SANDBOX_API_KEY)
+    sandbox_url: str = "http://127.0.0.1:12111"
+    timeout_s: float = 15.0
+
+    @field_validator("api_key")
+    @classmethod
+    def _no_live_key(cls, key: SecretStr) -> SecretStr:
+        if "_live_" in key.get_secret_value():
+            raise ValueError("live Stripe keys are refused in this version; use an sk_test_ key")
+        return key
+
+    @property
+    def api_base(self) -> str | None:
+        """The address to speak to; None means Stripe's own."""
+        return self.sandbox_url if self.api_key.get_secret_value() == SANDBOX_API_KEY else None
+
+
+class MeteringSettings(BaseModel):
+    """How usage is folded into windows. Units are in the names."""
+
+    window_length_ms: int = Field(HOUR_MS, ge=1_000, le=31 * DAY_MS)
+    allowed_lateness_ms: int = Field(5 * MINUTE_MS, ge=0, le=7 * DAY_MS)
+    grace_ms: int = Field(0, ge=0, le=7 * DAY_MS)
+    flush_interval_ms: int = Field(150, ge=5, le=60_000)
+    idle_after_ms: int = Field(2_000, ge=500)
+    """An idle, caught-up partition lets wall time move its watermark after this long."""
+    dedupe_horizon_ms: int = Field(DAY_MS, ge=MINUTE_MS)
+    """How long, in broker append time, a second copy of an event is recognised."""
+    late_snapshot_interval_ms: int = Field(5_000, ge=0)
+    """At most one new snapshot of an already published window in this time."""
+    keep_closed_windows_ms: int = Field(6 * HOUR_MS, ge=0)
+    """Closed windows stay in memory this long (event time); late events for older ones read the ledger."""
+    pending_events_max: int = Field(60_000, ge=1_000)
+    """Unflushed events of one worker; at this limit it stops taking records until a flush ends."""
+
+
+class BillingSettings(BaseModel):
+    """How closed windows become Stripe usage records."""
+
+    installation_id: str = Field("local", min_length=1, max_length=64)
+    """Part of every identifier, so that two installations on one Stripe account never collide."""
+    sending_paused: bool = False
+    requests_per_second: float = Field(25.0, gt=0, le=1_000)
+    """Account-wide limit. Stripe allows 25/s in test mode, 1,000/s live."""
+
+
+class WorkerSettings(BaseModel):
+    """What every worker process shares."""
+
+    web_host: str = "127.0.0.1"
+    web_port: int = Field(0, ge=0, le=65_535)
+    """Health and metrics; 0: metering 6066, billing 6067."""
+    session_timeout_ms: int = Field(10_000, ge=6_000)
+    instance_id: str = ""
+    """Static membership: one stable name per worker slot; empty: dynamic membership."""
+    data_dir: str = ""
+
+
+class Settings(BaseSettings):
+    """Everything that can be set."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="METERLINE_", env_nested_delimiter="__", extra="ignore", frozen=True
+    )
+
+    kafka: KafkaSettings = KafkaSettings()
+    clickhouse: ClickHouseSettings = ClickHouseSettings()
+    redis: RedisSettings = RedisSettings()
+    stripe: StripeSettings = StripeSettings()
+    metering: MeteringSettings = MeteringSettings()  # type: ignore[call-arg]  # defaults stand in Field()
+    billing: BillingSettings = BillingSettings()  # type: ignore[call-arg]
+    worker: WorkerSettings = WorkerSettings()  # type: ignore[call-arg]
+
+
+def load_settings() -> Settings:
+    """Read the environment.
+
+    Raises:
+        UserError: one line for each wrong setting, all of them at once.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = [
+            f"  METERLINE_{'__'.join(str(part) for part in problem['loc']).upper()}: {problem['msg']}"
+            for problem in error.errors()
+        ]
+        raise UserError("These settings are wrong:\n" + "\n".join(lines)) from None
