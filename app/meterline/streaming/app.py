@@ -1,0 +1,244 @@
+"""Build and run the Faust app of a worker: `app`, `topic`, `table`, `agent` and the health pages together."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faust
+import mode
+from aiokafka.helpers import create_ssl_context
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from meterline.errors import UserError
+from meterline.logs import configure_logs, get_logger
+from meterline.settings import KafkaSettings, Settings
+from meterline.streaming.chunks import RecordChunkSchema
+from meterline.streaming.consumer import ChunkTransport
+from meterline.streaming.engine import Engine, EngineLimits
+from meterline.streaming.log_ranges import topic_partition_counts
+from meterline.streaming.owner import PartitionOwner
+from meterline.streaming.tables import CommittedTable, CommittedTables
+
+__all__ = ["WorkerPlan", "build_app", "run_worker"]
+
+ALIVE_WITHIN_S = 60.0
+"""Liveness: the worker's own loop turned within this time. It never asks another service: waiting for
+ClickHouse is no reason to be killed."""
+
+FETCH_BYTES_MAX = 2 * 1024 * 1024
+STREAM_BUFFER_CHUNKS = 16
+"""Chunks in Faust's queue: a bound on memory, not on speed."""
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """What a worker is made of.
+
+    Attributes:
+        name: Faust app id, consumer group and prefix of the transactional ids.
+        source_topic: the topic whose partitions it owns.
+        other_topics: topics it writes to.
+        limits: when to flush, when to stop taking in.
+        web_port: health and metrics, where the settings name no port.
+        open: called once on the running loop with the partition count of every topic; returns what makes the
+            owner of a partition.
+        close: called once after the last partition was dropped.
+    """
+
+    name: str
+    source_topic: str
+    other_topics: tuple[str, ...]
+    limits: EngineLimits
+    web_port: int
+    open: Callable[[Mapping[str, int]], Awaitable[Callable[[int], PartitionOwner]]]
+    close: Callable[[], Awaitable[None]]
+
+    @property
+    def changelog(self) -> str:
+        """The topic of the state table, as Faust names it."""
+        return f"{self.name}-state-changelog"
+
+
+class WorkerApp(faust.App):
+    """A Faust app whose partitions are owned by our engine."""
+
+    plan: WorkerPlan
+    engine: Engine
+    turned_at: float = 0.0
+
+    @property
+    def positions(self) -> Engine:
+        """Whom the consumer asks where to read."""
+        return self.engine
+
+    async def on_start(self) -> None:
+        """Build the engine before Faust joins the group."""
+        counts = await asyncio.to_thread(partition_counts, self.plan, self.kafka)
+        make_owner = await self.plan.open(counts)
+        table: Any = self.tables["state"]
+        consumer: Any = self.consumer
+        self.engine = Engine(
+            group=self.plan.name,
+            source_topic=self.plan.source_topic,
+            changelog=self.plan.changelog,
+            kafka=self.kafka,
+            limits=self.plan.limits,
+            make_owner=make_owner,
+            apply_committed=table.apply_committed,
+            caught_up_position=consumer.caught_up_position,
+            seek_soon=consumer.seek_soon,
+        )
+        table.take_over = self.engine.take_over
+        await super().on_start()
+
+    async def on_stop(self) -> None:
+        """Let go of the partitions before Faust leaves the group."""
+        await self.engine.stop()
+        await self.plan.close()
+        await super().on_stop()
+
+    kafka: KafkaSettings
+
+
+def partition_counts(plan: WorkerPlan, kafka: KafkaSettings) -> Mapping[str, int]:
+    """How many partitions each topic of the plan has. Blocks.
+
+    Raises:
+        UserError: a topic is missing, or the changelog has another count than the source.
+        RetryLater: Kafka doesn't answer.
+    """
+    counts = topic_partition_counts(kafka, [plan.source_topic, plan.changelog, *plan.other_topics])
+    if counts[plan.changelog] != counts[plan.source_topic]:
+        raise UserError(
+            f"{plan.changelog} has {counts[plan.changelog]} partitions, {plan.source_topic} has "
+            f"{counts[plan.source_topic]}: they must be equal. See: meterline topics plan"
+        )
+    return counts
+
+
+def build_app(plan: WorkerPlan, settings: Settings) -> WorkerApp:
+    """A Faust app that runs the plan. Touches no network before it starts."""
+    worker = settings.worker
+    app = WorkerApp(
+        plan.name,
+        broker=f"kafka://{settings.kafka.bootstrap_servers.replace(',', ';kafka://')}",
+        broker_credentials=_credentials(settings.kafka),
+        store="memory://",
+        datadir=worker.data_dir or str(Path(tempfile.gettempdir()) / f"meterline-{plan.name}"),
+        topic_allow_declare=False,  # topics are created by `meterline topics apply`
+        topic_disable_leader=True,
+        table_standby_replicas=0,
+        Table=CommittedTable,
+        TableManager=CommittedTables,
+        stream_buffer_maxsize=STREAM_BUFFER_CHUNKS,
+        stream_wait_empty=False,  # a rebalance waits for open transactions only
+        broker_commit_interval=1.0,  # lag displays follow; nothing depends on it
+        broker_session_timeout=worker.session_timeout_ms / 1000,
+        broker_heartbeat_interval=worker.session_timeout_ms / 5000,
+        consumer_auto_offset_reset="earliest",
+        consumer_max_fetch_size=FETCH_BYTES_MAX,
+        consumer_group_instance_id=worker.instance_id or None,
+        producer_acks=-1,
+        worker_redirect_stdouts=False,
+        web_port=worker.web_port or plan.web_port,
+        web_bind=worker.web_host,
+        web_host=worker.web_host,
+        web_tables_enabled=False,  # they would show clients' data to anyone
+        web_router_enabled=False,
+    )
+    app.plan = plan
+    app.kafka = settings.kafka
+    app.transport = ChunkTransport(app.conf.broker_consumer, app)
+    source = app.topic(plan.source_topic, schema=RecordChunkSchema())
+    app.Table("state", key_type=bytes, value_type=bytes)
+
+    @app.agent(source, supervisor_strategy=mode.CrashingSupervisor)
+    async def records(stream: Any) -> None:
+        async for event in stream.noack().events():
+            await app.engine.deliver(event)
+
+    @app.task
+    async def turn() -> None:
+        while not app.should_stop:
+            app.turned_at = time.monotonic()
+            await asyncio.sleep(1.0)
+
+    _add_pages(app)
+    return app
+
+
+def _add_pages(app: WorkerApp) -> None:
+    @app.page("/healthz/live")
+    async def live(view: Any, _request: Any) -> Any:
+        stuck_s = time.monotonic() - app.turned_at
+        alive = stuck_s < ALIVE_WITHIN_S
+        return view.json(
+            {"alive": alive, "loop_turned_s_ago": round(stuck_s, 1)}, status=200 if alive else 503
+        )
+
+    @app.page("/healthz/ready")
+    async def ready(view: Any, _request: Any) -> Any:
+        problems = app.engine.problems()
+        answer = {
+            "ready": not problems,
+            "partitions": sorted(app.engine.partitions),
+            "problems": problems,
+        }
+        return view.json(answer, status=503 if problems else 200)
+
+    @app.page("/metrics")
+    async def metrics(view: Any, _request: Any) -> Any:
+        return view.bytes(generate_latest(), content_type=CONTENT_TYPE_LATEST)
+
+
+def run_worker(app: WorkerApp, log_level: str = "info") -> None:
+    """Run until a signal. Leaves with SystemExit: 0 after SIGINT or SIGTERM, otherwise a failure.
+
+    Raises:
+        UserError: a topic is missing or has the wrong partition count, or the web port is taken.
+    """
+    configure_logs(log_level)
+    partition_counts(app.plan, app.kafka)
+    _check_port_is_free(app.conf.web_bind, app.conf.web_port)
+    log.info(
+        "worker starting", worker=app.plan.name, health=f"http://{app.conf.web_bind}:{app.conf.web_port}"
+    )
+    threading.current_thread().name = app.plan.name
+    faust.Worker(app, loglevel=log_level, override_logging=False, quiet=True).execute_from_commandline()
+
+
+def _check_port_is_free(host: str, port: int) -> None:
+    import socket  # noqa: PLC0415 - only here
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            raise UserError(
+                f"port {port} is taken (health and metrics). Choose another: --web-port N or "
+                "METERLINE_WORKER__WEB_PORT=N"
+            ) from None
+
+
+def _credentials(kafka: KafkaSettings) -> Any:
+    context = (
+        create_ssl_context(cafile=kafka.ssl_ca_location or None) if "SSL" in kafka.security_protocol else None
+    )
+    if kafka.security_protocol.startswith("SASL"):
+        return faust.SASLCredentials(
+            username=kafka.sasl_username,
+            password=kafka.sasl_password.get_secret_value(),
+            mechanism=kafka.sasl_mechanism,
+            ssl_context=context,
+        )
+    return faust.SSLCredentials(context) if kafka.security_protocol == "SSL" else None

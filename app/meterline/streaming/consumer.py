@@ -1,0 +1,182 @@
+"""Faust's Kafka consumer, reading committed records in chunks and starting where the state says.
+
+Faust decides who owns a partition. Where to read is ours: the restart point is the committed state, never the
+group's committed offset, which follows for lag displays only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, cast
+
+from faust.transport.drivers import aiokafka as driver
+
+from meterline.streaming.chunks import split_into_chunks
+
+__all__ = ["ChunkTransport", "Positions"]
+
+
+class Positions(Protocol):
+    """What the consumer asks of the engine that owns the partitions."""
+
+    source_topic: str
+
+    def next_offsets(self) -> Mapping[int, int]:
+        """First offset not yet taken in, of each partition that is ready."""
+
+    def applied_offset(self, partition: int) -> int | None:
+        """Last offset the committed state accounts for; None when it is not known."""
+
+    async def before_revoke(self) -> None:
+        """Partitions may be lost soon: let open transactions end, begin no new one."""
+
+
+class CommittedChunksThread(driver.AIOKafkaConsumerThread):
+    """Faust's consumer thread: read_committed, and whole fetches as chunks."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._run_ends: dict[Any, int] = {}
+        self._run_assignment: object = None
+
+    def _create_worker_consumer(self, transport: Any) -> Any:
+        consumer = super()._create_worker_consumer(transport)
+        # Faust ties this to processing_guarantee="exactly_once", whose recovery never ends on a
+        # transactional changelog. The fetcher reads the attribute later, in start().
+        assert consumer._isolation_level == "read_uncommitted"
+        consumer._isolation_level = "read_committed"
+        return consumer
+
+    async def _fetch_records(
+        self,
+        consumer: Any,
+        active_partitions: Any,
+        timeout: float | None = None,  # noqa: ASYNC109 - Faust's signature
+        max_records: int | None = None,
+    ) -> dict[Any, list[Any]]:
+        assignment = self._current_assignment(consumer)
+        before = self._known_positions(assignment, active_partitions)
+        fetched = await super()._fetch_records(consumer, active_partitions, timeout, max_records)
+        if self._current_assignment(consumer) is not self._run_assignment:
+            self._run_assignment = self._current_assignment(consumer)
+            self._run_ends.clear()
+        chunks = {}
+        for tp, records in fetched.items():
+            # A run without a seek has no holes but control and aborted records; after a seek the position
+            # it went to is the start.
+            first = self._run_ends.get(tp)
+            if first is None:
+                first = min(before.get(tp, records[0].offset), records[0].offset)
+            chunks[tp] = list(split_into_chunks(first, records))
+            self._run_ends[tp] = records[-1].offset + 1
+        return chunks
+
+    @staticmethod
+    def _current_assignment(consumer: Any) -> Any:
+        subscription = consumer._subscription.subscription
+        return subscription.assignment if subscription is not None else None
+
+    @staticmethod
+    def _known_positions(assignment: Any, partitions: Any) -> dict[Any, int]:
+        if assignment is None:
+            return {}
+        states = {tp: assignment.state_value(tp) for tp in partitions or ()}
+        return {tp: state.position for tp, state in states.items() if state and state.has_valid_position}
+
+    async def _seek_wait(self, consumer: Any, partitions: Mapping[Any, int]) -> None:
+        for tp in partitions:
+            self._run_ends.pop(tp, None)
+        await super()._seek_wait(consumer, partitions)
+
+    async def seek_to_committed(self) -> Any:
+        """Seek as Faust wants it; the runs known so far end here."""
+        self._run_ends.clear()
+        return await super().seek_to_committed()
+
+    def caught_up_position(self, tp: Any, poll_age_ms_max: int, now_ms: int) -> int | None:
+        """The position, if nothing readable or still undecided lies behind it; otherwise None.
+
+        The last stable offset alone isn't enough: records of an open transaction may be older than any limit
+        (measured: position == LSO < high watermark).
+        """
+        consumer = self._consumer
+        assignment = self._current_assignment(consumer) if consumer is not None else None
+        state = assignment.state_value(tp) if assignment is not None else None
+        if state is None or not state.has_valid_position or state.timestamp is None:
+            return None
+        if now_ms - state.timestamp > poll_age_ms_max:
+            return None
+        position = cast(int, state.position)
+        return position if position == state.lso == state.highwater else None
+
+
+class ChunkConsumer(driver.Consumer):
+    """Faust's consumer; the position in the source topic comes from the engine."""
+
+    def _positions(self) -> Positions:
+        app: Any = self.app
+        return cast(Positions, app.positions)
+
+    def _new_consumer_thread(self) -> CommittedChunksThread:
+        return CommittedChunksThread(self, loop=self.loop, beacon=self.beacon)
+
+    async def _add_gap(self, tp: Any, offset_from: int, offset_to: int) -> None:
+        # Gaps are normal on a transactional topic, and Faust's interval tree goes quadratic on chunks.
+        if tp.topic != self._positions().source_topic:
+            await super()._add_gap(tp, offset_from, offset_to)
+
+    def _new_offset(self, tp: Any) -> int | None:
+        positions = self._positions()
+        if tp.topic != positions.source_topic:
+            return super()._new_offset(tp)
+        self._acked[tp].clear()
+        self._acked_index[tp].clear()
+        applied = positions.applied_offset(tp.partition)
+        committed = self._committed_offset[tp]
+        if applied is None or (committed is not None and applied + 1 <= committed):
+            return None
+        return applied + 1
+
+    async def perform_seek(self) -> None:
+        """Seek to the group's offsets as Faust does, then to where the state says."""
+        await super().perform_seek()
+        positions = self._positions()
+        next_offsets = positions.next_offsets()
+        wanted = {
+            tp: next_offsets[tp.partition]
+            for tp in self.assignment()
+            if tp.topic == positions.source_topic and tp.partition in next_offsets
+        }
+        if wanted:
+            await self.seek_wait(wanted)
+            self._read_offset.update({tp: offset or None for tp, offset in wanted.items()})
+
+    async def on_partitions_revoked(self, revoked: Any) -> None:
+        """Wait for nothing but open transactions: milliseconds."""
+        await self._positions().before_revoke()
+        await super().on_partitions_revoked(revoked)
+
+    def caught_up_position(self, partition: int, poll_age_ms_max: int, now_ms: int) -> int | None:
+        """See CommittedChunksThread; None as well when the partition isn't assigned."""
+        for tp in self.assignment():
+            if tp.topic == self._positions().source_topic and tp.partition == partition:
+                thread = cast(CommittedChunksThread, self._thread)
+                return thread.caught_up_position(tp, poll_age_ms_max, now_ms)
+        return None
+
+    def seek_soon(self, partition: int, offset: int) -> asyncio.Task[None]:
+        """Send the consumer back to an offset of the source topic."""
+        tps = [tp for tp in self.assignment() if tp == (self._positions().source_topic, partition)]
+
+        async def seek() -> None:
+            await self.seek_wait(dict.fromkeys(tps, offset))
+            self._read_offset.update(dict.fromkeys(tps, offset or None))
+
+        return asyncio.get_running_loop().create_task(seek())
+
+
+class ChunkTransport(driver.Transport):
+    """Faust's transport with our consumer."""
+
+    Consumer: ClassVar[type[ChunkConsumer]] = ChunkConsumer

@@ -1,0 +1,343 @@
+"""The engine: which partitions are ours, what they take in, when they flush, how they commit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from meterline.errors import PartitionHalted, RetryLater
+from meterline.logs import get_logger
+from meterline.metrics import PARTITION_HALTED, PENDING_EVENTS
+from meterline.settings import KafkaSettings
+from meterline.streaming.changelog import read_changelog
+from meterline.streaming.fatal import die
+from meterline.streaming.log_ranges import read_log_ranges
+from meterline.streaming.owner import Commit, LogRange, PartitionOwner
+from meterline.streaming.steps import Step, reached
+from meterline.streaming.transactions import FencedProducer
+
+__all__ = ["Engine", "EngineLimits"]
+
+T = TypeVar("T")
+
+OPEN_TRANSACTION_WAIT_S = 20.0
+"""Longer than the transaction timeout: if a commit takes longer, the broker has given it up and so do we."""
+
+RETRY_PAUSE_S = 0.5
+
+IDLE_CHECK_INTERVAL_S = 1.0
+"""A partition is idle when two checks this far apart see the same position: a chunk may be on its way from
+the consumer's thread while the position has already moved."""
+
+READER_THREADS = 8
+"""Changelogs read side by side when many partitions arrive at once; librdkafka does the work."""
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """When to flush, when to stop taking in, when to call a partition idle."""
+
+    flush_interval_s: float
+    pending_max: int
+    idle_after_s: float
+
+
+@dataclass(eq=False, slots=True)
+class OwnedPartition:
+    """A partition that is ours until somebody else fences us."""
+
+    number: int
+    owner: PartitionOwner
+    producer: FencedProducer
+    next_offset: int = -1
+    applied_offset: int | None = None
+    unacknowledged: deque[tuple[int, Any]] = field(default_factory=deque)
+    commit_turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    kick: asyncio.Event = field(default_factory=asyncio.Event)
+    flushing: asyncio.Task[None] | None = None
+    flushed_at: float = field(default_factory=time.monotonic)
+    seen_idle_at: int | None = None
+    idle_since: float = 0.0
+
+
+class Engine:
+    """Owns partitions of one source topic on behalf of one Faust app.
+
+    Faust tells it which partitions to have (`take_over`), hands it chunks (`deliver`) and asks where to read
+    (`next_offsets`). A partition is fenced, restored, fed, flushed and dropped here.
+    """
+
+    def __init__(
+        self,
+        *,
+        group: str,
+        source_topic: str,
+        changelog: str,
+        kafka: KafkaSettings,
+        limits: EngineLimits,
+        make_owner: Callable[[int], PartitionOwner],
+        apply_committed: Callable[[int, Iterable[tuple[bytes, bytes | None]]], None],
+        caught_up_position: Callable[[int, int, int], int | None],
+        seek_soon: Callable[[int, int], object],
+    ) -> None:
+        self.source_topic = source_topic
+        self.partitions: dict[int, OwnedPartition] = {}
+        self.halted: dict[int, str] = {}
+        self.wanted: set[int] = set()
+        self.moved_at = time.monotonic()
+        self._group = group
+        self._changelog = changelog
+        self._kafka = kafka
+        self._limits = limits
+        self._make_owner = make_owner
+        self._apply_committed = apply_committed
+        self._caught_up_position = caught_up_position
+        self._seek_soon = seek_soon
+        self._gate = asyncio.Event()
+        self._gate.set()
+        self._open_transactions = 0
+        self._space = asyncio.Event()
+        self._taking_over = asyncio.Lock()
+        self._assignment_number = 0
+        self._threads = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="restore")
+
+    # -- what the consumer asks (streaming.consumer.Positions)
+
+    def next_offsets(self) -> Mapping[int, int]:
+        """First offset not yet taken in, of each partition that is ready."""
+        return {number: held.next_offset for number, held in self.partitions.items()}
+
+    def applied_offset(self, partition: int) -> int | None:
+        """Last offset the committed state accounts for; None when it is not known."""
+        held = self.partitions.get(partition)
+        return held.applied_offset if held is not None else None
+
+    async def before_revoke(self) -> None:
+        """Close the gate in front of new transactions and wait for the open ones: milliseconds.
+
+        Nothing is dropped here: which partitions are lost is known at the assignment. An insert that runs is
+        none of our business either: what it writes is harmless without a commit.
+        """
+        self._gate.clear()
+        deadline = time.monotonic() + OPEN_TRANSACTION_WAIT_S
+        while self._open_transactions:
+            if time.monotonic() > deadline:
+                die("a transaction did not end before a rebalance")
+            await asyncio.sleep(0.002)
+
+    # -- assignment
+
+    async def take_over(self, wanted: set[int]) -> None:
+        """Own exactly these partitions. Faust awaits this before it delivers.
+
+        An exception here must end the process: Faust would swallow it and deliver records without state.
+        """
+        try:
+            await self._take_over(wanted)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001 - see above
+            die("partitions could not be restored", error)
+
+    async def _take_over(self, wanted: set[int]) -> None:
+        self._assignment_number += 1
+        number = self._assignment_number
+        self.wanted = set(wanted)
+        for lost in [p for p in self.partitions if p not in wanted]:
+            await self._drop(self.partitions.pop(lost))
+        self.halted = {p: why for p, why in self.halted.items() if p in wanted}
+        self._gate.set()
+        self._space.set()
+        # Faust starts the restore of the next assignment while this one still waits: one at a time, and the
+        # newest wins, or two of ours would fence each other.
+        async with self._taking_over:
+            if number != self._assignment_number:
+                return
+            new = sorted(p for p in wanted if p not in self.partitions and p not in self.halted)
+            ranges = (
+                await self._patiently(read_log_ranges, self._kafka, self.source_topic, new) if new else {}
+            )
+            restored = await asyncio.gather(*(self._restore(ranges[p]) for p in new))
+            for held in restored:
+                if held is not None:
+                    self.partitions[held.number] = held
+                    held.flushing = asyncio.create_task(self._flush_forever(held))
+        log.info("partitions assigned", topic=self.source_topic, partitions=sorted(wanted), new=new)
+
+    async def _restore(self, where: LogRange) -> OwnedPartition | None:
+        """Fence first, then read: otherwise a commit of the previous owner could land after the read."""
+        partition = where.partition
+        producer = FencedProducer(
+            self._kafka, f"{self._group}-{self.source_topic}-{partition}", self._changelog, partition
+        )
+        held = OwnedPartition(partition, self._make_owner(partition), producer)
+        await producer.start()
+        reached(Step.OWNER_FENCED)
+        state = await self._patiently(read_changelog, self._kafka, self._changelog, partition)
+        reached(Step.STATE_READ)
+        self._apply_committed(partition, state.items())
+
+        async def commit(what: Commit) -> None:
+            await self._commit(held, what)
+
+        try:
+            held.next_offset = await held.owner.restore(state, where, commit)
+        except PartitionHalted as stop:
+            await self._halt(held, stop)
+            return None
+        held.applied_offset = held.next_offset - 1
+        reached(Step.STATE_RESTORED)
+        return held
+
+    async def _patiently(self, call: Callable[..., T], *args: Any) -> T:
+        """Run blocking IO in a thread until the other side answers."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return await loop.run_in_executor(self._threads, call, *args)
+            except RetryLater as error:
+                log.warning("waiting for Kafka", error=str(error))
+                await asyncio.sleep(RETRY_PAUSE_S)
+
+    async def _drop(self, held: OwnedPartition) -> None:
+        """Forget a partition that is no longer ours; what isn't committed is somebody else's to redo."""
+        if held.flushing is not None and held.flushing is not asyncio.current_task():
+            held.flushing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await held.flushing
+        held.owner.close()
+        held.unacknowledged.clear()
+        await held.producer.stop()
+        log.info("partition dropped", partition=held.number, uncommitted=held.owner.pending)
+
+    async def _halt(self, held: OwnedPartition, stop: PartitionHalted) -> None:
+        self.halted[held.number] = str(stop)
+        PARTITION_HALTED.labels(held.number).set(1)
+        log.error("partition halted", partition=held.number, why=str(stop))
+        self.partitions.pop(held.number, None)
+        await self._drop(held)
+
+    # -- delivery
+
+    async def deliver(self, event: Any) -> None:
+        """Take in one chunk; wait while too much is pending."""
+        chunk, records = event.value
+        held = self.partitions.get(chunk.partition)
+        if held is None or chunk.offset < held.next_offset:
+            event.ack()  # halted, lost, or delivered twice: nothing new
+            return
+        if chunk.first_offset > held.next_offset:
+            # Faust dropped a chunk (paused partition, cleared queue): read it again from where we are.
+            event.ack()
+            log.warning(
+                "chunk out of order", partition=held.number, at=held.next_offset, got=chunk.first_offset
+            )
+            self._seek_soon(held.number, held.next_offset)
+            return
+        if records[0].offset < held.next_offset:
+            records = [record for record in records if record.offset >= held.next_offset]
+        held.owner.feed(records)
+        held.next_offset = chunk.offset + 1
+        held.unacknowledged.append((chunk.offset, event))
+        held.seen_idle_at = None
+        self.moved_at = time.monotonic()
+        await asyncio.sleep(0)
+        await self._wait_for_space()
+
+    async def _wait_for_space(self) -> None:
+        while (pending := self._pending()) >= self._limits.pending_max // 2:
+            for held in self.partitions.values():
+                held.kick.set()
+            if pending < self._limits.pending_max:
+                return
+            self._space.clear()
+            await self._space.wait()
+
+    def _pending(self) -> int:
+        pending = sum(held.owner.pending for held in self.partitions.values())
+        PENDING_EVENTS.set(pending)
+        return pending
+
+    # -- flush and commit
+
+    async def _flush_forever(self, held: OwnedPartition) -> None:
+        try:
+            while True:
+                await self._until_next_flush(held)
+                self._notice_idle(held)
+                await held.owner.flush()
+                held.flushed_at = self.moved_at = time.monotonic()
+                self._space.set()
+        except asyncio.CancelledError:
+            raise
+        except PartitionHalted as stop:
+            await self._halt(held, stop)
+        except BaseException as error:  # noqa: BLE001 - any other end of a flush leaves its outcome unknown
+            die(f"flush of partition {held.number} failed", error)
+
+    async def _until_next_flush(self, held: OwnedPartition) -> None:
+        """Until much is pending, or the next tick. Ticks are common to all partitions, so that their rows
+        meet in one insert.
+        """  # noqa: D205 - one sentence that needs two lines
+        interval = self._limits.flush_interval_s
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(held.kick.wait(), interval - time.monotonic() % interval)
+        held.kick.clear()
+
+    def _notice_idle(self, held: OwnedPartition) -> None:
+        now = time.monotonic()
+        if held.owner.pending or now - held.idle_since < IDLE_CHECK_INTERVAL_S:
+            return
+        now_ms = time.time_ns() // 1_000_000
+        position = self._caught_up_position(held.number, int(self._limits.idle_after_s * 1000), now_ms)
+        unchanged = position is not None and position == held.seen_idle_at
+        held.seen_idle_at, held.idle_since = position, now
+        if unchanged:
+            held.owner.on_idle(now_ms)
+
+    async def _commit(self, held: OwnedPartition, what: Commit) -> None:
+        async with held.commit_turn:
+            await self._gate.wait()
+            if held.applied_offset is not None and self.partitions.get(held.number) is not held:
+                raise asyncio.CancelledError
+            self._open_transactions += 1
+            try:
+                await held.producer.transact(what)
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:  # noqa: BLE001 - whatever it is, the outcome is unknown
+                die(f"transaction of partition {held.number} failed", error)
+            finally:
+                self._open_transactions -= 1
+            self._apply_committed(held.number, what.changelog)
+            if held.applied_offset is not None:
+                held.applied_offset = what.applied_offset
+            while held.unacknowledged and held.unacknowledged[0][0] <= what.applied_offset:
+                held.unacknowledged.popleft()[1].ack()
+            reached(Step.COMMIT_APPLIED)
+
+    # -- health and end
+
+    def problems(self) -> list[str]:
+        """Why this worker isn't ready; empty when it is."""
+        found = [f"partition {p} halted: {why}" for p, why in sorted(self.halted.items())]
+        missing = self.wanted - self.partitions.keys() - self.halted.keys()
+        if missing:
+            found.append(f"partitions {sorted(missing)} are being restored")
+        return found
+
+    async def stop(self) -> None:
+        """Let open transactions end, drop everything else."""
+        await self.before_revoke()
+        for held in list(self.partitions.values()):
+            del self.partitions[held.number]
+            await self._drop(held)
+        self._threads.shutdown(wait=False, cancel_futures=True)

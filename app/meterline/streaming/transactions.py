@@ -1,0 +1,115 @@
+"""A partition's fenced producer: whoever starts it last is the owner, the broker refuses the others."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from typing import Any
+
+from aiokafka import AIOKafkaProducer
+
+from meterline.settings import KafkaSettings
+from meterline.streaming.owner import Commit, Output
+from meterline.streaming.steps import Step, reached
+
+__all__ = ["FencedProducer"]
+
+TRANSACTION_TIMEOUT_MS = 15_000
+"""An owner that stalls inside a transaction holds up readers at most this long (plus the coordinator's 10 s
+scan); a transaction itself takes milliseconds."""
+
+BATCH_BYTES_MAX = 900_000
+"""Below the 1 MiB record batch limit of the topics we write to."""
+
+STOP_TIMEOUT_S = 5.0
+
+
+class FencedProducer:
+    """Transactions of one source partition, over aiokafka.
+
+    Any error out of `transact` leaves the outcome unknown and the producer useless: the process must exit.
+    The next owner's `start` finishes or aborts what was open, and only then is the state read.
+    """
+
+    def __init__(self, kafka: KafkaSettings, transactional_id: str, changelog: str, partition: int) -> None:
+        self._changelog = changelog
+        self._partition = partition
+        self._producer = AIOKafkaProducer(
+            **aiokafka_config(kafka),
+            transactional_id=transactional_id,
+            transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
+            max_batch_size=BATCH_BYTES_MAX,
+            max_request_size=2 * BATCH_BYTES_MAX,
+            linger_ms=0,
+            acks="all",
+        )
+
+    async def start(self) -> None:
+        """Fence every earlier producer of this id; their open transaction is finished or aborted first."""
+        await self._producer.start()
+
+    async def transact(self, commit: Commit) -> None:
+        """Write all of a commit or nothing of it."""
+        batches: dict[tuple[str, int], list[Output]] = defaultdict(list)
+        for output in commit.outputs:
+            batches[output.topic, output.partition].append(output)
+        await self._producer.begin_transaction()
+        reached(Step.TRANSACTION_BEGUN)
+        acknowledgements = []
+        if commit.changelog:
+            state = [Output(self._changelog, self._partition, key, value) for key, value in commit.changelog]
+            acknowledgements += await self._send(self._changelog, self._partition, state)
+        for (topic, partition), outputs in batches.items():
+            acknowledgements += await self._send(topic, partition, outputs)
+        # aiokafka doesn't tell the transaction about a rejected batch: a commit would succeed without it.
+        for acknowledgement in acknowledgements:
+            await acknowledgement
+        reached(Step.TRANSACTION_PRODUCED)
+        await self._producer.commit_transaction()
+        reached(Step.TRANSACTION_COMMITTED)
+
+    async def _send(self, topic: str, partition: int, outputs: list[Output]) -> list[Any]:
+        acknowledgements = []
+        batch = self._producer.create_batch()
+        for output in outputs:
+            record = {
+                "key": output.key,
+                "value": output.value,
+                "timestamp": None,
+                "headers": list(output.headers),
+            }
+            if batch.append(**record) is None:
+                batch.close()
+                acknowledgements.append(await self._producer.send_batch(batch, topic, partition=partition))
+                batch = self._producer.create_batch()
+                if batch.append(**record) is None:
+                    raise ValueError(f"a record for {topic} is larger than {BATCH_BYTES_MAX} bytes")
+        batch.close()
+        acknowledgements.append(await self._producer.send_batch(batch, topic, partition=partition))
+        return acknowledgements
+
+    async def stop(self) -> None:
+        """Let go of the connections; bounded, because a broker that is away must not hold up a stop."""
+        try:
+            await asyncio.wait_for(self._producer.stop(), STOP_TIMEOUT_S)
+        except Exception:  # noqa: BLE001 - a fenced producer may refuse to stop; the connections die with us
+            return
+
+
+def aiokafka_config(kafka: KafkaSettings) -> dict[str, Any]:
+    """The settings every aiokafka client needs."""
+    config: dict[str, Any] = {
+        "bootstrap_servers": kafka.bootstrap_servers,
+        "security_protocol": kafka.security_protocol,
+    }
+    if kafka.security_protocol.startswith("SASL"):
+        config |= {
+            "sasl_mechanism": kafka.sasl_mechanism,
+            "sasl_plain_username": kafka.sasl_username,
+            "sasl_plain_password": kafka.sasl_password.get_secret_value(),
+        }
+    if kafka.security_protocol.endswith("SSL"):
+        from aiokafka.helpers import create_ssl_context  # noqa: PLC0415 - only where TLS is used
+
+        config["ssl_context"] = create_ssl_context(cafile=kafka.ssl_ca_location or None)
+    return config
