@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
+from types import MappingProxyType
+from typing import NamedTuple
 
 from meterline.domain.credits import CREDITS_MICRO_MAX
-from meterline.domain.encoding import canonical, hash_hex
+from meterline.domain.encoding import hash_hex, netstring
 from meterline.domain.reasons import Reason
 from meterline.errors import DeadLetterError
 
@@ -30,6 +31,9 @@ __all__ = [
 ID_BYTES_MAX = 200
 """Client, event, correlation, SKU, source and reservation ids: long enough for two UUIDs and a prefix, short
 enough that a window of the largest number of SKUs fits one Kafka record."""
+_SURELY_SHORT = ID_BYTES_MAX // 4
+"""Characters that never take more than the limit in UTF-8: most ids need no closer look."""
+
 ATTRIBUTES_MAX = 64
 ATTRIBUTE_KEY_BYTES_MAX = 200
 ATTRIBUTE_VALUE_BYTES_MAX = 4_096
@@ -46,8 +50,7 @@ class CorrectionKind(StrEnum):
     TWIN = "twin"
 
 
-@dataclass(frozen=True, slots=True)
-class Correction:
+class Correction(NamedTuple):
     """Which event is corrected, and where the corrected copy stands in the log."""
 
     event_id: str
@@ -57,11 +60,12 @@ class Correction:
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class UsageEvent:
+class UsageEvent(NamedTuple):
     """One finished task of one client, in one SKU.
 
-    `credits_micro` is exact (1 credit = 1,000,000); `occurred_at` is milliseconds since the epoch, UTC.
+    `credits_micro` is exact (1 credit = 1,000,000); `occurred_at` is milliseconds since the epoch, UTC. The
+    order of the fields is the schema's. (A named tuple: on the hot path a frozen dataclass costs four times
+    as much to make.)
     """
 
     event_id: str
@@ -71,7 +75,7 @@ class UsageEvent:
     credits_micro: int
     occurred_at: int
     source: str = ""
-    attributes: Mapping[str, str] = field(default_factory=dict)
+    attributes: Mapping[str, str] = MappingProxyType({})
     reservation_id: str | None = None
     billable: bool = True
     corrects: Correction | None = None
@@ -89,9 +93,13 @@ def default_event_id(client_id: str, correlation_id: str, sku: str, item: int = 
     return hash_hex("meterline.event-id.1", client_id, correlation_id, sku, item)
 
 
+_IDENTITY_TAG = netstring("meterline.identity.1")
+_PAYLOAD_TAG = netstring("meterline.payload.1")
+
+
 def identity_hash(client_id: str, event_id: str) -> int:
     """96 bits of BLAKE2b over the identity (client, event id), as an unsigned integer."""
-    data = canonical("meterline.identity.1", client_id, event_id)
+    data = _IDENTITY_TAG + netstring(client_id) + netstring(event_id)
     return int.from_bytes(blake2b(data, digest_size=12).digest(), "big")
 
 
@@ -100,17 +108,10 @@ def payload_digest(event: UsageEvent) -> int:
 
     Time, source and attributes are left out: a retried task may report them anew.
     """
-    correction: tuple[str | int, ...] = ()
-    if (c := event.corrects) is not None:
-        correction = (c.event_id, c.kind.value, c.topic_id, c.partition, c.offset)
-    data = canonical(
-        "meterline.payload.1",
-        event.client_id,
-        event.sku,
-        event.credits_micro,
-        int(event.billable),
-        *correction,
-    )
+    data = _PAYLOAD_TAG + netstring(event.client_id) + netstring(event.sku)
+    data += netstring(str(event.credits_micro)) + (b"1:1," if event.billable else b"1:0,")
+    if event.corrects is not None:
+        data += b"".join(netstring(str(part)) for part in event.corrects)
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
 
 
@@ -120,15 +121,9 @@ def check_event(event: UsageEvent, appended_at: int) -> None:
     Raises:
         DeadLetterError: with the reason code of the first rule that is broken.
     """
-    for name in ("client_id", "event_id", "correlation_id", "sku"):
-        value = getattr(event, name)
-        if not value:
-            raise DeadLetterError(Reason.INVALID_FIELD, f"{name} is empty")
-        if len(value) * 4 > ID_BYTES_MAX and len(value.encode()) > ID_BYTES_MAX:
-            raise DeadLetterError(Reason.INVALID_FIELD, f"{name} is longer than {ID_BYTES_MAX} bytes")
-    for name in ("source", "reservation_id"):
-        if len((getattr(event, name) or "").encode()) > ID_BYTES_MAX:
-            raise DeadLetterError(Reason.INVALID_FIELD, f"{name} is longer than {ID_BYTES_MAX} bytes")
+    ids = (event.client_id, event.event_id, event.correlation_id, event.sku)
+    if not all(ids) or max(map(len, ids)) > _SURELY_SHORT or event.source or event.reservation_id:
+        _check_ids(event)
     if event.attributes:
         _check_attributes(event.attributes)
     if event.credits_micro < 0 and event.corrects is None:
@@ -148,6 +143,15 @@ def check_event(event: UsageEvent, appended_at: int) -> None:
         )
     if event.occurred_at < 0:
         raise DeadLetterError(Reason.INVALID_FIELD, f"occurred_at {event.occurred_at} is before 1970")
+
+
+def _check_ids(event: UsageEvent) -> None:
+    for name in ("client_id", "event_id", "correlation_id", "sku", "source", "reservation_id"):
+        value = getattr(event, name)
+        if not value and name not in {"source", "reservation_id"}:
+            raise DeadLetterError(Reason.INVALID_FIELD, f"{name} is empty")
+        if value and len(value.encode()) > ID_BYTES_MAX:
+            raise DeadLetterError(Reason.INVALID_FIELD, f"{name} is longer than {ID_BYTES_MAX} bytes")
 
 
 def _check_attributes(attributes: Mapping[str, str]) -> None:

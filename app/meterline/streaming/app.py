@@ -166,7 +166,7 @@ def build_app(plan: WorkerPlan, settings: Settings) -> WorkerApp:
         async for event in stream.noack().events():
             await app.engine.deliver(event)
 
-    @app.task
+    @app.task  # type: ignore[untyped-decorator]  # the one of Faust's that is
     async def turn() -> None:
         while not app.should_stop:
             app.turned_at = time.monotonic()
