@@ -1,0 +1,56 @@
+"""Stripe's error answers, as exceptions that anything below the HTTP layer may raise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["StripeError"]
+
+
+class StripeError(Exception):
+    """One error answer.
+
+    Attributes:
+        status: HTTP status.
+        kind: the `type` of the error object.
+        code, param: None leaves the key out, as Stripe does.
+        should_retry: the `Stripe-Should-Retry` header, which outranks the status in Stripe's SDKs; None: no
+            header.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        should_retry: bool | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind
+        self.code = code
+        self.param = param
+        self.should_retry = should_retry
+
+    def body(self) -> dict[str, Any]:
+        """The JSON answer: `{"error": {"type", "message", "code"?, "param"?}}`."""
+        error = {"type": self.kind, "message": self.message}
+        if self.code is not None:
+            error["code"] = self.code
+        if self.param is not None:
+            error["param"] = self.param
+        return {"error": error}
+
+    @classmethod
+    def missing_object(cls, noun: str, object_id: str, *, param: str = "id") -> StripeError:
+        """An id nobody knows: 404 where it stands in the path, 400 where it is a parameter."""
+        return cls(
+            404 if param == "id" else 400,
+            f"No such {noun}: '{object_id}'",
+            code="resource_missing",
+            param=param,
+        )
