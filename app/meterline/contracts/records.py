@@ -1,0 +1,112 @@
+"""Domain types to Avro records and back, and the keys of records that need more than a client."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from meterline.domain.encoding import canonical
+from meterline.domain.events import Correction, CorrectionKind, UsageEvent
+from meterline.domain.reasons import Reason
+from meterline.domain.windows import SkuTotal, WindowRef, WindowSnapshot
+from meterline.errors import DeadLetterError
+
+__all__ = [
+    "event_from_record",
+    "event_to_record",
+    "progress_key",
+    "snapshot_from_record",
+    "snapshot_to_record",
+    "total_key",
+]
+
+
+def event_to_record(event: UsageEvent) -> dict[str, Any]:
+    """A `usage-event` record."""
+    corrects = event.corrects
+    return {
+        "event_id": event.event_id,
+        "client_id": event.client_id,
+        "correlation_id": event.correlation_id,
+        "sku": event.sku,
+        "credits_micro": event.credits_micro,
+        "occurred_at": event.occurred_at,
+        "source": event.source,
+        "attributes": dict(event.attributes),
+        "reservation_id": event.reservation_id,
+        "billable": event.billable,
+        "corrects": None if corrects is None else corrects._asdict() | {"kind": corrects.kind.value},
+    }
+
+
+def event_from_record(record: dict[str, Any]) -> UsageEvent:
+    """The event in a decoded `usage-event` record. Its rules are not yet checked: see `check_event`."""
+    corrects = record["corrects"]
+    return UsageEvent(
+        record["event_id"],
+        record["client_id"],
+        record["correlation_id"],
+        record["sku"],
+        record["credits_micro"],
+        record["occurred_at"],
+        record["source"],
+        record["attributes"],
+        record["reservation_id"],
+        record["billable"],
+        None if corrects is None else Correction(**corrects | {"kind": CorrectionKind(corrects["kind"])}),
+    )
+
+
+def snapshot_to_record(snapshot: WindowSnapshot) -> dict[str, Any]:
+    """A `usage-window` record."""
+    ref = snapshot.ref
+    return {
+        "window_id": ref.window_id,
+        "client_id": ref.client_id,
+        "window_start": ref.start,
+        "window_end": ref.end,
+        "topic_id": ref.topic_id,
+        "source_partition": ref.partition,
+        "cutoff_offset": snapshot.cutoff_offset,
+        "skus": [{"sku": sku, **asdict(total)} for sku, total in sorted(snapshot.skus.items())],
+        "closed_at": snapshot.closed_at,
+        "watermark": snapshot.watermark,
+    }
+
+
+def snapshot_from_record(record: dict[str, Any]) -> WindowSnapshot:
+    """The snapshot in a decoded `usage-window` record.
+
+    Raises:
+        DeadLetterError: it contradicts itself: another window's id, an empty window, a SKU twice.
+    """
+    ref = WindowRef(
+        record["client_id"],
+        record["window_start"],
+        record["window_end"],
+        record["topic_id"],
+        record["source_partition"],
+    )
+    if ref.window_id != record["window_id"]:
+        raise DeadLetterError(
+            Reason.INVALID_FIELD, f"window_id is {record['window_id']!r}, its fields say {ref.window_id}"
+        )
+    if ref.end <= ref.start:
+        raise DeadLetterError(Reason.INVALID_FIELD, f"window_end {ref.end} is not after {ref.start}")
+    skus = {
+        row["sku"]: SkuTotal(row["count"], row["credits_micro"], row["free_count"], row["free_credits_micro"])
+        for row in record["skus"]
+    }
+    if len(skus) != len(record["skus"]):
+        raise DeadLetterError(Reason.INVALID_FIELD, "a SKU stands in the snapshot twice")
+    return WindowSnapshot(ref, record["cutoff_offset"], skus, record["closed_at"], record["watermark"])
+
+
+def total_key(topic_id: str, partition: int, client_id: str) -> bytes:
+    """Key of a `usage-total` on `usage.totals` (golden vectors: `schemas/golden`)."""
+    return canonical("meterline.total.1", topic_id, partition, client_id)
+
+
+def progress_key(topic_id: str, partition: int) -> bytes:
+    """Key of a `usage-progress` on `usage.totals` (golden vectors: `schemas/golden`)."""
+    return canonical("meterline.progress.1", topic_id, partition)
