@@ -1,0 +1,198 @@
+"""What metering and billing ask the ledger. Exact whether or not rows were inserted twice or merged.
+
+All functions block; asyncio code calls them in a thread, with a client of its own (`ledger.client.connect`).
+They raise what `ledger.client.ledger_errors` raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from meterline.domain.events import FUTURE_MAX_MS
+from meterline.domain.windows import SkuTotal, WindowRef
+from meterline.ledger.client import Client, ledger_errors
+
+__all__ = ["CLIENTS_PER_QUERY_MAX", "dedupe_rows", "kept_windows", "partition_offsets", "window_sums"]
+
+CLIENTS_PER_QUERY_MAX = 250
+"""Client ids of 200 bytes, written twice and escaped, stay below the 256 KiB a server takes as a query."""
+
+_SKU_TOTALS = """
+    countIf(billable), sumIf(credits_micro, billable),
+    countIf(NOT billable), sumIf(credits_micro, NOT billable)
+"""
+# A window's sums fit int64 (metering refuses what would leave that range), and so int64 sums are exact.
+
+
+def window_sums(client: Client, windows: Sequence[tuple[WindowRef, int]]) -> list[dict[str, SkuTotal]]:
+    """What the ledger's rows of each window add up to.
+
+    Args:
+        client: used by this call alone.
+        windows: each window with its cutoff: rows of its source partition with offset <= cutoff count.
+
+    Returns:
+        For each window, in the order asked: SKU -> totals. No rows: an empty dict.
+    """
+    sums: list[dict[str, SkuTotal]] = [{} for _ in windows]
+    for group in _groups(windows):
+        indexes = {windows[index][0].client_id: index for index in group}
+        window = windows[group[0]][0]
+        rows = _execute(
+            client,
+            f"""
+            SELECT client_id, sku, {_SKU_TOTALS}
+            FROM
+            (
+                SELECT client_id, sku, billable, credits_micro
+                FROM events
+                WHERE client_id IN %(clients)s
+                  AND occurred_at >= fromUnixTimestamp64Milli(%(start)s, 'UTC')
+                  AND occurred_at < fromUnixTimestamp64Milli(%(end)s, 'UTC')
+                  AND appended_at >= fromUnixTimestamp64Milli(%(appended_since)s, 'UTC')
+                  AND topic_id = %(topic_id)s AND `partition` = %(partition)s
+                  AND `offset` <= transform(toString(client_id), %(clients)s, %(cutoffs)s, toInt64(-1))
+                LIMIT 1 BY `offset`
+            )
+            GROUP BY client_id, sku
+            """,  # noqa: S608 - only the constant above is put in
+            {
+                "clients": list(indexes),
+                "cutoffs": [windows[index][1] for index in group],
+                "start": window.start,
+                "end": window.end,
+                "appended_since": _appended_since(window.start),
+                "topic_id": window.topic_id,
+                "partition": window.partition,
+            },
+        )
+        for client_id, sku, *totals in rows:
+            sums[indexes[client_id]][sku] = SkuTotal(*totals)
+    return sums
+
+
+def partition_offsets(client: Client, topic_id: str, partition: int) -> tuple[int, int, int] | None:
+    """How many events the ledger has of one source partition, and its first and last offset.
+
+    Returns:
+        (count, first, last); None: it has none.
+    """
+    # FINAL day by day needs memory for a merge only; counting distinct offsets would hold them all.
+    ((count, first, last),) = _execute(
+        client,
+        """
+        SELECT count(), min(`offset`), max(`offset`) FROM events FINAL
+        WHERE topic_id = %(topic_id)s AND `partition` = %(partition)s
+        SETTINGS do_not_merge_across_partitions_select_final = 1
+        """,
+        {"topic_id": topic_id, "partition": partition},
+    )
+    return (count, first, last) if count else None
+
+
+def dedupe_rows(
+    client: Client, topic_id: str, partition: int, applied_offset: int, appended_since_ms: int
+) -> tuple[list[int], list[int], list[int]]:
+    """The events a second copy may still arrive of: what a worker's dedupe index is rebuilt from.
+
+    Rows above `applied_offset` were inserted by a flush that did not commit; they are read from Kafka again
+    and must not be taken for duplicates of themselves.
+
+    Returns:
+        Columns of equal length, in no order: identity hashes, payload digests, append times (ms).
+    """
+    columns = _execute(
+        client,
+        """
+        SELECT identity_hash, payload_digest, toUnixTimestamp64Milli(appended_at)
+        FROM events
+        WHERE appended_at >= fromUnixTimestamp64Milli(%(appended_since)s, 'UTC')
+          AND topic_id = %(topic_id)s AND `partition` = %(partition)s AND `offset` <= %(applied_offset)s
+        LIMIT 1 BY `offset`
+        """,
+        {
+            "appended_since": appended_since_ms,
+            "topic_id": topic_id,
+            "partition": partition,
+            "applied_offset": applied_offset,
+        },
+        columnar=True,
+    )
+    if not columns:
+        return [], [], []
+    identity_hashes, payload_digests, appended_at = columns
+    return list(identity_hashes), list(payload_digests), list(appended_at)
+
+
+def kept_windows(  # noqa: PLR0917 - six plain facts, in the order of dedupe_rows
+    client: Client,
+    topic_id: str,
+    partition: int,
+    applied_offset: int,
+    occurred_since_ms: int,
+    window_length_ms: int,
+) -> dict[tuple[int, str, str], SkuTotal]:
+    """What the windows a worker still keeps must add up to.
+
+    Returns:
+        (window start in ms, client id, SKU) -> totals over the rows with `offset` <= `applied_offset` and
+        `occurred_at` >= `occurred_since_ms`.
+    """
+    rows = _execute(
+        client,
+        f"""
+        SELECT
+            intDiv(toUnixTimestamp64Milli(occurred_at), %(length)s) * %(length)s AS window_start,
+            client_id, sku, {_SKU_TOTALS}
+        FROM
+        (
+            SELECT occurred_at, client_id, sku, billable, credits_micro
+            FROM events
+            WHERE appended_at >= fromUnixTimestamp64Milli(%(appended_since)s, 'UTC')
+              AND occurred_at >= fromUnixTimestamp64Milli(%(since)s, 'UTC')
+              AND topic_id = %(topic_id)s AND `partition` = %(partition)s AND `offset` <= %(applied_offset)s
+            LIMIT 1 BY `offset`
+        )
+        GROUP BY window_start, client_id, sku
+        """,  # noqa: S608 - only the constant above is put in
+        {
+            "length": window_length_ms,
+            "appended_since": _appended_since(occurred_since_ms),
+            "since": occurred_since_ms,
+            "topic_id": topic_id,
+            "partition": partition,
+            "applied_offset": applied_offset,
+        },
+    )
+    return {(start, client_id, sku): SkuTotal(*totals) for start, client_id, sku, *totals in rows}
+
+
+def _groups(windows: Sequence[tuple[WindowRef, int]]) -> list[list[int]]:
+    """Indexes of windows one query can sum: same time and source partition, each client once."""
+    groups: dict[tuple[int, int, str, int, int], list[int]] = {}
+    seen: dict[WindowRef, int] = {}
+    for index, (ref, _) in enumerate(windows):
+        repeat = seen[ref] = seen.get(ref, -1) + 1
+        groups.setdefault((ref.start, ref.end, ref.topic_id, ref.partition, repeat), []).append(index)
+    return [
+        group[first : first + CLIENTS_PER_QUERY_MAX]
+        for group in groups.values()
+        for first in range(0, len(group), CLIENTS_PER_QUERY_MAX)
+    ]
+
+
+def _appended_since(occurred_since_ms: int) -> int:
+    """Earliest append time of an event that occurred since: lets the server skip whole days.
+
+    Metering accepts no `occurred_at` further ahead of the append time than `FUTURE_MAX_MS`.
+    """
+    return occurred_since_ms - FUTURE_MAX_MS
+
+
+def _execute(
+    client: Client, query: str, parameters: dict[str, object], *, columnar: bool = False
+) -> list[Any]:
+    with ledger_errors():
+        rows: list[Any] = client.execute(query, parameters, columnar=columnar)
+    return rows

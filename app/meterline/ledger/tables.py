@@ -1,0 +1,94 @@
+"""The ledger's tables and their columns, in the order in which rows are inserted."""
+
+from __future__ import annotations
+
+__all__ = [
+    "EVENTS",
+    "EVENT_COLUMNS",
+    "USAGE_RECORD_LOG",
+    "USAGE_RECORD_LOG_COLUMNS",
+    "WINDOW_SNAPSHOTS",
+    "WINDOW_SNAPSHOT_COLUMNS",
+]
+
+EVENTS = "events"
+EVENT_COLUMNS = (
+    "topic_id",
+    "partition",
+    "offset",
+    "appended_at",
+    "client_id",
+    "event_id",
+    "correlation_id",
+    "sku",
+    "credits_micro",
+    "billable",
+    "occurred_at",
+    "source",
+    "attributes",
+    "reservation_id",
+    "corrects_event_id",
+    "corrects_kind",
+    "corrects_topic_id",
+    "corrects_partition",
+    "corrects_offset",
+    "identity_hash",
+    "payload_digest",
+)
+"""Times are int milliseconds; `attributes` a dict; `reservation_id` a str or None; no correction: '', 0."""
+
+WINDOW_SNAPSHOTS = "window_snapshots"
+WINDOW_SNAPSHOT_COLUMNS = (
+    "window_id",
+    "client_id",
+    "window_start",
+    "window_end",
+    "topic_id",
+    "partition",
+    "cutoff_offset",
+    "skus",
+    "counts",
+    "credits_micro",
+    "free_counts",
+    "free_credits_micro",
+    "closed_at",
+    "watermark",
+    "log_topic_id",
+    "log_partition",
+    "log_offset",
+)
+"""Times are int milliseconds; the columns from `skus` to `free_credits_micro` hold lists of equal length."""
+
+USAGE_RECORD_LOG = "usage_record_log"
+USAGE_RECORD_LOG_COLUMNS = (
+    "log_id",
+    "partition",
+    "seq",
+    "generation",
+    "recorded_at",
+    "kind",
+    "client_id",
+    "meter",
+    "map_version",
+    "period_start",
+    "period_end",
+    "window_id",
+    "window_start",
+    "window_end",
+    "source_topic_id",
+    "source_partition",
+    "cutoff_offset",
+    "credits_micro",
+    "identifier",
+    "event_name",
+    "stripe_customer",
+    "value",
+    "event_timestamp",
+    "idempotency_key",
+    "state",
+    "reason",
+    "first_attempt_at",
+    "request_id",
+    "detail",
+)
+"""Times are int milliseconds, except `event_timestamp`: Stripe's own unit, int seconds."""
