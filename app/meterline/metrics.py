@@ -14,8 +14,10 @@ __all__ = [
     "PARTITION_HALTED",
     "PENDING_EVENTS",
     "STRIPE_REQUESTS",
+    "STRIPE_SENDING_STOPPED",
     "USAGE_RECORDS_HELD",
     "WATERMARK_SECONDS",
+    "WINDOWS_CONTRADICTED",
     "WINDOWS_OPEN",
     "WINDOWS_PUBLISHED",
 ]
@@ -36,4 +38,11 @@ FLUSH_STEP_SECONDS = Histogram(
 )
 PARTITION_HALTED = Gauge("meterline_partition_halted", "1 where a partition stopped itself.", ["partition"])
 STRIPE_REQUESTS = Counter("meterline_stripe_requests", "Requests to Stripe by outcome.", ["outcome"])
+STRIPE_SENDING_STOPPED = Gauge(
+    "meterline_stripe_sending_stopped", "1 where Stripe refused the API key and sending stopped."
+)
+WINDOWS_CONTRADICTED = Counter(
+    "meterline_windows_contradicted",
+    "Snapshots that say something else than the known one of the same cutoff: none, or a bug.",
+)
 USAGE_RECORDS_HELD = Gauge("meterline_usage_records_held", "Usage records held, by reason.", ["reason"])

@@ -1,0 +1,165 @@
+"""Requests to Stripe: how many at a time, one per customer and meter, never by a stale owner."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import stripe
+
+from meterline.billing.outcomes import ANSWERLESS, Answer, Outcome, classify
+from meterline.domain.usage_records import UsageRecord
+from meterline.logs import get_logger
+from meterline.metrics import STRIPE_REQUESTS, STRIPE_SENDING_STOPPED
+from meterline.settings import StripeSettings
+
+__all__ = ["CUSTOMER_KEY", "VALUE_KEY", "RateLimit", "StripeSender", "boot_time", "stripe_client"]
+
+THREADS = 32
+"""Requests at the same time: at Stripe's 100 ms or so an answer this is 300 a second, and a thread costs
+little while it waits. In the sandbox and in test mode the rate is the limit, not this."""
+AHEAD_MAX = 500
+"""Requests whose attempt is committed and whose turn has not come: what the threads do in about two seconds,
+so that few of them outlive FRESH_S."""
+FRESH_S = 5.0
+"""No request later than this after the commit that announced it: a stalled owner, whose partition somebody
+else has by now, must not send. Kafka needs longer than this to give the partition away."""
+
+CUSTOMER_KEY = "stripe_customer_id"
+VALUE_KEY = "value"
+"""Keys in a meter event's payload: Stripe's defaults."""
+
+log = get_logger(__name__)
+
+
+def stripe_client(settings: StripeSettings) -> stripe.StripeClient:
+    """A client whose retries are ours: it makes one request, whatever the answer."""
+    return stripe.StripeClient(
+        settings.api_key.get_secret_value(),
+        base_addresses={"api": settings.api_base} if settings.api_base else None,
+        max_network_retries=0,
+        http_client=stripe.RequestsClient(timeout=settings.timeout_s),
+    )
+
+
+def boot_time() -> float:
+    """Seconds on a clock that also runs while the machine sleeps, where the system has one."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)
+
+
+class RateLimit:
+    """A token bucket; holds at most one second's worth, so that a pause is not made up for at once."""
+
+    def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_second = per_second
+        self._size = max(1.0, per_second)
+        self._clock = clock
+        self._tokens = self._size
+        self._filled_at = clock()
+
+    def available(self) -> int:
+        """Whole tokens there are now."""
+        now = self._clock()
+        self._tokens = min(self._size, self._tokens + (now - self._filled_at) * self._per_second)
+        self._filled_at = now
+        return int(self._tokens)
+
+    def take(self, count: int) -> None:
+        """Use tokens that are available."""
+        self._tokens -= count
+
+
+class StripeSender:
+    """Sends usage records for all partitions of a worker.
+
+    Who wants to send reserves first (`room`, `reserve`), commits the attempt, and then calls `send`; what was
+    reserved and isn't sent is given back with `release`.
+
+    Attributes:
+        stopped: why nothing is sent any more; empty while it works. A restart tries again.
+    """
+
+    def __init__(
+        self,
+        client: stripe.StripeClient,
+        requests_per_second: float,
+        *,
+        paused: bool = False,
+        clock: Callable[[], float] = boot_time,
+    ) -> None:
+        self.stopped = ""
+        self._client = client
+        self._limit = RateLimit(requests_per_second)
+        self._paused = paused
+        self._clock = clock
+        self._lanes: set[tuple[str, str]] = set()
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="stripe")
+        STRIPE_SENDING_STOPPED.set(0)
+
+    def room(self) -> int:
+        """How many requests may be reserved now."""
+        if self.stopped or self._paused:
+            return 0
+        return max(0, min(self._limit.available(), AHEAD_MAX - len(self._lanes)))
+
+    def reserve(self, lane: tuple[str, str]) -> bool:
+        """Reserve one of the `room`; False: a request of this customer and meter is under way."""
+        if lane in self._lanes:
+            return False
+        self._lanes.add(lane)
+        self._limit.take(1)
+        return True
+
+    def release(self, lane: tuple[str, str]) -> None:
+        """Give a reservation back that will not be used."""
+        self._lanes.discard(lane)
+
+    async def send(self, record: UsageRecord, committed_at: float) -> Outcome:
+        """One request. Ends the reservation of its lane, also when nobody waits for the answer any more.
+
+        Args:
+            record: as it was committed.
+            committed_at: `boot_time()` right before the commit of this attempt.
+        """
+        loop = asyncio.get_running_loop()
+        call = loop.run_in_executor(self._threads, self._request, record, committed_at)
+        call.add_done_callback(lambda _: self._lanes.discard(record.lane))
+        outcome = await call
+        STRIPE_REQUESTS.labels(outcome.answer.value).inc()
+        if outcome.answer is Answer.STOP and not self.stopped:
+            self.stopped = outcome.detail
+            STRIPE_SENDING_STOPPED.set(1)
+            log.error(
+                "Stripe refuses the API key; sending stops, windows are still taken in",
+                detail=outcome.detail,
+                remedy="correct METERLINE_STRIPE__API_KEY and restart the billing worker",
+            )
+        return outcome
+
+    def close(self) -> None:
+        """Start no more requests; those under way end by their own time-out."""
+        self.stopped = self.stopped or "the worker ends"
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _request(self, record: UsageRecord, committed_at: float) -> Outcome:
+        if self._clock() - committed_at > FRESH_S:
+            return Outcome(Answer.NOT_SENT, f"more than {FRESH_S:.0f} s since the commit of the attempt")
+        try:
+            event = self._client.v1.billing.meter_events.create(
+                {
+                    "event_name": record.event_name,
+                    "identifier": record.identifier,
+                    "timestamp": record.event_timestamp,
+                    "payload": {CUSTOMER_KEY: record.customer, VALUE_KEY: str(record.value)},
+                },
+                {"idempotency_key": record.idempotency_key, "max_network_retries": 0},
+            )
+        except ANSWERLESS as error:
+            return classify(error, record.identifier)
+        if getattr(event, "identifier", None) != record.identifier:
+            return Outcome(Answer.UNKNOWN, "200, but the answer is not our meter event")
+        response = event.last_response
+        return Outcome(Answer.ACCEPTED, request_id=(response.request_id if response else None) or "")
