@@ -26,7 +26,7 @@ from meterline.streaming.log_ranges import topic_partition_counts
 from meterline.streaming.owner import PartitionOwner
 from meterline.streaming.tables import CommittedTable, CommittedTables
 
-__all__ = ["WorkerPlan", "build_app", "run_worker"]
+__all__ = ["WorkerApp", "WorkerPlan", "build_app", "run_worker"]
 
 ALIVE_WITHIN_S = 60.0
 """Liveness: the worker's own loop turned within this time. It never asks another service: waiting for
@@ -51,6 +51,7 @@ class WorkerPlan:
         web_port: health and metrics, where the settings name no port.
         open: called once on the running loop with the partition count of every topic; returns what makes the
             owner of a partition.
+        before_fencing: waits until what a restore reads is there; nobody is fenced while it isn't.
         close: called once after the last partition was dropped.
     """
 
@@ -60,6 +61,7 @@ class WorkerPlan:
     limits: EngineLimits
     web_port: int
     open: Callable[[Mapping[str, int]], Awaitable[Callable[[int], PartitionOwner]]]
+    before_fencing: Callable[[], Awaitable[None]]
     close: Callable[[], Awaitable[None]]
 
     @property
@@ -93,6 +95,7 @@ class WorkerApp(faust.App):
             kafka=self.kafka,
             limits=self.plan.limits,
             make_owner=make_owner,
+            before_fencing=self.plan.before_fencing,
             apply_committed=table.apply_committed,
             caught_up_position=consumer.caught_up_position,
             seek_soon=consumer.seek_soon,

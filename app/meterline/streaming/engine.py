@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -84,6 +84,7 @@ class Engine:
         kafka: KafkaSettings,
         limits: EngineLimits,
         make_owner: Callable[[int], PartitionOwner],
+        before_fencing: Callable[[], Awaitable[None]],
         apply_committed: Callable[[int, Iterable[tuple[bytes, bytes | None]]], None],
         caught_up_position: Callable[[int, int, int], int | None],
         seek_soon: Callable[[int, int], object],
@@ -98,6 +99,7 @@ class Engine:
         self._kafka = kafka
         self._limits = limits
         self._make_owner = make_owner
+        self._before_fencing = before_fencing
         self._apply_committed = apply_committed
         self._caught_up_position = caught_up_position
         self._seek_soon = seek_soon
@@ -162,15 +164,20 @@ class Engine:
             if number != self._assignment_number:
                 return
             new = sorted(p for p in wanted if p not in self.partitions and p not in self.halted)
-            ranges = (
-                await self._patiently(read_log_ranges, self._kafka, self.source_topic, new) if new else {}
-            )
-            restored = await asyncio.gather(*(self._restore(ranges[p]) for p in new))
-            for held in restored:
-                if held is not None:
-                    self.partitions[held.number] = held
-                    held.flushing = asyncio.create_task(self._flush_forever(held))
+            if new:
+                await self._restore_all(new, number)
         log.info("partitions assigned", topic=self.source_topic, partitions=sorted(wanted), new=new)
+
+    async def _restore_all(self, new: list[int], number: int) -> None:
+        await self._before_fencing()
+        ranges = await self._patiently(read_log_ranges, self._kafka, self.source_topic, new)
+        if number != self._assignment_number:
+            return
+        restored = await asyncio.gather(*(self._restore(ranges[p]) for p in new))
+        for held in restored:
+            if held is not None:
+                self.partitions[held.number] = held
+                held.flushing = asyncio.create_task(self._flush_forever(held))
 
     async def _restore(self, where: LogRange) -> OwnedPartition | None:
         """Fence first, then read: otherwise a commit of the previous owner could land after the read."""

@@ -1,0 +1,109 @@
+"""Checks of an assignment: state, log and ledger must tell one story before the first record is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from meterline.domain.windows import SkuTotal
+from meterline.errors import PartitionHalted
+from meterline.metering.state import FORMAT_VERSION, RULE_VERSION, Counters, Meta
+from meterline.settings import MeteringSettings
+from meterline.streaming.owner import LogRange
+
+__all__ = ["check_log", "check_windows", "first_meta"]
+
+SkuKey = tuple[int, str, str]
+"""Window start (ms), client, SKU."""
+
+DIFFERENCES_SHOWN_MAX = 5
+
+
+def first_meta(log: LogRange, in_ledger: tuple[int, int, int] | None, settings: MeteringSettings) -> Meta:
+    """Where a partition stands that nobody has ever owned: right before its oldest record.
+
+    Raises:
+        PartitionHalted: the ledger has rows of it, so somebody has, and the state is lost.
+    """
+    if in_ledger is not None:
+        count, first, last = in_ledger
+        raise _halted(
+            log,
+            f"the ledger has {count} events at offsets {first}..{last}, but the changelog has no state: it "
+            "was deleted or belongs to another cluster. Counting again from the log could bill twice; restore "
+            "the changelog, or rebuild the state from the ledger",
+        )
+    return Meta(
+        cluster_id=log.cluster_id,
+        topic_id=log.topic_id,
+        applied_offset=log.start_offset - 1,
+        appended_at=0,
+        watermark=0,
+        window_length_ms=settings.window_length_ms,
+        counters=Counters(first_offset=log.start_offset),
+    )
+
+
+def check_log(meta: Meta, log: LogRange, settings: MeteringSettings) -> None:
+    """The state must belong to this log, and the log must still hold what comes next.
+
+    Raises:
+        PartitionHalted: with the exact range.
+    """
+    following = meta.applied_offset + 1
+    if meta.topic_id != log.topic_id:
+        raise _halted(
+            log,
+            f"the topic was re-created: the state is of topic id {meta.topic_id} up to offset "
+            f"{meta.applied_offset}, the topic is now {log.topic_id} with offsets "
+            f"{log.start_offset}..{log.end_offset - 1}",
+        )
+    if following < log.start_offset:
+        raise _halted(
+            log,
+            f"offsets {following}..{log.start_offset - 1} are gone from the log and were never counted "
+            "(retention passed while no worker ran)",
+        )
+    if following > log.end_offset:
+        raise _halted(
+            log,
+            f"offsets {log.end_offset}..{meta.applied_offset} were counted, but the log ends at "
+            f"{log.end_offset - 1}: it was truncated",
+        )
+    if (meta.format, meta.rules) != (FORMAT_VERSION, RULE_VERSION):
+        raise _halted(
+            log,
+            f"the state was written with format {meta.format} and rules {meta.rules}; this version has "
+            f"format {FORMAT_VERSION} and rules {RULE_VERSION}",
+        )
+    if meta.window_length_ms != settings.window_length_ms:
+        raise _halted(
+            log,
+            f"its windows are {meta.window_length_ms} ms long, the setting says {settings.window_length_ms}. "
+            f"Set METERLINE_METERING__WINDOW_LENGTH_MS={meta.window_length_ms}",
+        )
+
+
+def check_windows(
+    kept: Mapping[SkuKey, SkuTotal], in_ledger: Mapping[SkuKey, SkuTotal], meta: Meta, partition: int
+) -> None:
+    """Every kept window must equal the ledger's sums up to the applied offset.
+
+    Raises:
+        PartitionHalted: naming the windows that differ.
+    """
+    different = [key for key, total in kept.items() if in_ledger.get(key) != total]
+    if not different:
+        return
+    shown = "; ".join(
+        f"client {client}, SKU {sku}, window {start}: state {kept[start, client, sku]}, "
+        f"ledger {in_ledger.get((start, client, sku))}"
+        for start, client, sku in sorted(different)[:DIFFERENCES_SHOWN_MAX]
+    )
+    raise PartitionHalted(
+        f"partition {partition}: up to offset {meta.applied_offset} the ledger and the state differ in "
+        f"{len(different)} of {len(kept)} sums: {shown}"
+    )
+
+
+def _halted(log: LogRange, why: str) -> PartitionHalted:
+    return PartitionHalted(f"{log.topic}-{log.partition}: {why}")

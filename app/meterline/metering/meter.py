@@ -1,0 +1,399 @@
+"""The meter of one partition: pure logic from records to windows, ledger rows and dead letters.
+
+Records go in, in offset order (`take`); a flush comes out (`build_flush`). No IO and no clock: times are
+arguments, so the same log gives the same totals whatever the chunking, the crashes or the worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from meterline.domain.dedupe import DedupeIndex
+from meterline.domain.events import UsageEvent, check_event, identity_hash, payload_digest
+from meterline.domain.reasons import Reason
+from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal, WindowRef, WindowSnapshot
+from meterline.errors import DeadLetterError
+from meterline.metering.state import (
+    Counters,
+    Meta,
+    aggregate_key,
+    aggregate_value,
+    meta_key,
+    parse_aggregate_key,
+    parse_aggregate_value,
+    parse_published_value,
+    parse_window_key,
+    published_value,
+    window_key,
+)
+from meterline.settings import MeteringSettings
+
+__all__ = ["EVENT_COLUMNS", "DeadLetter", "Flush", "Meter", "WindowKey"]
+
+INT64_MAX = 2**63 - 1
+
+EVENT_COLUMNS = (
+    "topic_id",
+    "partition",
+    "offset",
+    "appended_at",
+    "client_id",
+    "event_id",
+    "correlation_id",
+    "sku",
+    "credits_micro",
+    "billable",
+    "occurred_at",
+    "source",
+    "attributes",
+    "reservation_id",
+    "corrects_event_id",
+    "corrects_kind",
+    "corrects_topic_id",
+    "corrects_partition",
+    "corrects_offset",
+    "identity_hash",
+    "payload_digest",
+)
+
+WindowKey = tuple[int, str]
+"""Window start (ms) and client."""
+
+_NO_CORRECTION = ("", "", "", 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A record that can never be accepted, and why."""
+
+    record: Any
+    reason: str
+    detail: str
+
+
+@dataclass(slots=True)
+class OpenWindow:
+    """One client's window as far as it is in memory."""
+
+    skus: dict[str, SkuTotal] = field(default_factory=dict)
+    published_cutoff: int = -1
+    last_offset: int = -1
+    published_at: int = 0
+    """When the newest snapshot was built (ms); bounds how often late events make a new one."""
+    lacks_past: bool = False
+    """The window was evicted: its sums so far stand in the ledger and must be added before a flush."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """What one flush writes, decided and not to be changed."""
+
+    rows: list[list[Any]]
+    """Columns of the ledger's `events`, in the order of EVENT_COLUMNS."""
+    changelog: list[tuple[bytes, bytes | None]]
+    snapshots: list[WindowSnapshot]
+    dead_letters: list[DeadLetter]
+    meta: Meta
+    duplicates: int
+    late: int
+
+
+class Meter:
+    """Folds one partition.
+
+    Args:
+        decode: bytes of a record to a UsageEvent, or DeadLetterError.
+        meta: where the partition stands.
+    """
+
+    def __init__(
+        self,
+        partition: int,
+        settings: MeteringSettings,
+        decode: Callable[[bytes | None], UsageEvent],
+        meta: Meta,
+        seen: DedupeIndex,
+    ) -> None:
+        self.partition = partition
+        self.meta = meta
+        self.seen = seen
+        self.windows: dict[WindowKey, OpenWindow] = {}
+        self.next_offset = meta.applied_offset + 1
+        self.watermark = meta.watermark
+        self._settings = settings
+        self._decode = decode
+        self._length = meta.window_length_ms
+        self._appended_at = meta.appended_at
+        self._clients_by_start: dict[int, set[str]] = {}
+        self._unpublished: dict[int, set[str]] = {}
+        self._changed: dict[WindowKey, set[str]] = {}
+        self._start_collecting()
+
+    def _start_collecting(self) -> None:
+        self._rows: list[tuple[Any, ...]] = []
+        self._dead: list[DeadLetter] = []
+        self._duplicates = self._skipped = self._late = 0
+
+    # -- restore
+
+    def restore(self, state: Mapping[bytes, bytes]) -> None:
+        """Bring back the windows from the committed state."""
+        for key, value in state.items():
+            kind = key[2:3]
+            if kind == b"A":
+                start, client, sku = parse_aggregate_key(key)
+                self._window(start, client).skus[sku] = parse_aggregate_value(value)
+            elif kind == b"W":
+                window = self._window(*parse_window_key(key))
+                window.published_cutoff, window.last_offset = parse_published_value(value)
+        for (start, client), window in self.windows.items():
+            if window.published_cutoff < 0:
+                window.last_offset = self.meta.applied_offset
+            if window.last_offset > window.published_cutoff:
+                self._unpublished.setdefault(start, set()).add(client)
+
+    def kept_totals(self) -> dict[tuple[int, str, str], SkuTotal]:
+        """What memory says every kept window adds up to; the ledger must say the same."""
+        return {
+            (start, client, sku): total
+            for (start, client), window in self.windows.items()
+            for sku, total in window.skus.items()
+        }
+
+    def _window(self, start: int, client: str) -> OpenWindow:
+        window = self.windows.get((start, client))
+        if window is None:
+            window = self.windows[start, client] = OpenWindow()
+            self._clients_by_start.setdefault(start, set()).add(client)
+        return window
+
+    # -- take in
+
+    @property
+    def pending(self) -> int:
+        """Records taken in and not yet part of a committed flush."""
+        return self.next_offset - 1 - self.meta.applied_offset
+
+    def take(self, records: Iterable[Any]) -> None:
+        """Decide the fate of each record: ledger, duplicate or dead letter."""
+        for record in records:
+            offset = record.offset
+            self._skipped += offset - self.next_offset
+            self.next_offset = offset + 1
+            self._appended_at = max(self._appended_at, record.timestamp)
+            try:
+                event = self._decode(record.value)
+                check_event(event, record.timestamp)
+                self._take_event(event, offset, record.timestamp)
+            except DeadLetterError as refusal:
+                self._dead.append(DeadLetter(record, refusal.reason, refusal.detail))
+
+    def _take_event(self, event: UsageEvent, offset: int, appended_at: int) -> None:
+        identity = identity_hash(event.client_id, event.event_id)
+        digest = payload_digest(event)
+        first = self.seen.find(identity, appended_at)
+        if first is not None:
+            if first != digest:
+                raise DeadLetterError(
+                    Reason.CONFLICT, f"event {event.event_id} was accepted before with another payload"
+                )
+            self._duplicates += 1
+            return
+        self._fold(event, offset)
+        self.seen.add(identity, digest, appended_at)
+        self._rows.append(
+            (
+                self.meta.topic_id,
+                self.partition,
+                offset,
+                appended_at,
+                *event[:10],
+                *(event.corrects or _NO_CORRECTION),
+                identity,
+                digest,
+            )
+        )
+        self.watermark = max(self.watermark, event.occurred_at - self._settings.allowed_lateness_ms)
+
+    def _fold(self, event: UsageEvent, offset: int) -> None:
+        """Add to the window, or refuse before anything is changed."""
+        start = event.occurred_at - event.occurred_at % self._length
+        key = (start, event.client_id)
+        window = self.windows.get(key)
+        total = window.skus.get(event.sku) if window is not None else None
+        if total is None:
+            if window is not None and len(window.skus) >= SKUS_PER_WINDOW_MAX:
+                raise DeadLetterError(
+                    Reason.TOO_MANY_SKUS,
+                    f"the window already holds {SKUS_PER_WINDOW_MAX} SKUs of this client",
+                )
+            total = SkuTotal()
+        before = total.credits_micro if event.billable else total.free_credits_micro
+        after = before + event.credits_micro
+        if not -INT64_MAX <= after <= INT64_MAX:
+            raise DeadLetterError(
+                Reason.WINDOW_TOTAL_OUT_OF_RANGE, f"{event.sku} would add up to {after} micro-credits"
+            )
+        if window is None:
+            window = self._window(start, event.client_id)
+            # It may have been published and evicted: then its sums so far stand in the ledger alone.
+            window.lacks_past = self._is_evictable(start)
+        if event.billable:
+            total.count += 1
+            total.credits_micro = after
+        else:
+            total.free_count += 1
+            total.free_credits_micro = after
+        window.skus[event.sku] = total
+        if window.last_offset <= window.published_cutoff:
+            self._unpublished.setdefault(start, set()).add(event.client_id)
+        window.last_offset = offset
+        self._late += self._is_closed(start)
+        changed = self._changed.get(key)
+        if changed is None:
+            self._changed[key] = {event.sku}
+        else:
+            changed.add(event.sku)
+
+    def _is_closed(self, start: int) -> bool:
+        return start + self._length + self._settings.grace_ms <= self.watermark
+
+    def _is_evictable(self, start: int) -> bool:
+        return start + self._length <= self.watermark - self._settings.keep_closed_windows_ms
+
+    def advance_watermark(self, to: int) -> None:
+        """Wall time counts as event time on an idle partition: snapshots are true whatever the moment."""
+        self.watermark = max(self.watermark, to)
+
+    # -- flush
+
+    @property
+    def open_windows(self) -> int:
+        """Windows of clients that are still taking events in time."""
+        return sum(len(clients) for start, clients in self._unpublished.items() if not self._is_closed(start))
+
+    def windows_lacking_past(self) -> list[WindowRef]:
+        """Windows that got a late event after they were evicted: a flush needs `add_past` first."""
+        return [
+            self._ref(start, client)
+            for start, client in self._changed
+            if self.windows[start, client].lacks_past
+        ]
+
+    def add_past(self, ref: WindowRef, past: Mapping[str, SkuTotal]) -> None:
+        """Add what the ledger holds of a window up to the applied offset."""
+        window = self.windows[ref.start, ref.client_id]
+        window.lacks_past = False
+        for sku, old in past.items():
+            new = window.skus.get(sku, SkuTotal())
+            window.skus[sku] = SkuTotal(
+                new.count + old.count,
+                new.credits_micro + old.credits_micro,
+                new.free_count + old.free_count,
+                new.free_credits_micro + old.free_credits_micro,
+            )
+        self._changed[ref.start, ref.client_id].update(past)
+
+    def due_windows(self, now_ms: int) -> list[WindowKey]:
+        """Closed windows that hold more than their newest snapshot says, late ones at a bounded cadence."""
+        due = []
+        for start in sorted(self._unpublished):
+            if not self._is_closed(start):
+                break
+            for client in self._unpublished[start]:
+                window = self.windows[start, client]
+                fresh = now_ms - window.published_at < self._settings.late_snapshot_interval_ms
+                if window.published_cutoff < 0 or not fresh:
+                    due.append((start, client))
+        return due
+
+    def build_flush(self, now_ms: int) -> Flush | None:
+        """Decide what to write; None when there is nothing.
+
+        Args:
+            now_ms: becomes `closed_at` of the snapshots and bounds the cadence of late ones; nothing else.
+        """
+        due = self.due_windows(now_ms)
+        if not self.pending and not due:
+            return None
+        cutoff = self.next_offset - 1
+        changelog: list[tuple[bytes, bytes | None]] = []
+        for (start, client), skus in self._changed.items():
+            window = self.windows[start, client]
+            changelog += [
+                (aggregate_key(self.partition, start, client, sku), aggregate_value(window.skus[sku]))
+                for sku in skus
+            ]
+            if window.published_cutoff >= 0:
+                changelog.append(self._window_record(start, client, window))
+        snapshots = [self._publish(start, client, cutoff, now_ms) for start, client in due]
+        changelog += [self._window_record(*key, self.windows[key]) for key in due]
+        changelog += self._evict()
+        flush = Flush(
+            rows=[list(column) for column in zip(*self._rows, strict=True)],
+            changelog=changelog,
+            snapshots=snapshots,
+            dead_letters=self._dead,
+            meta=self._next_meta(cutoff),
+            duplicates=self._duplicates,
+            late=self._late,
+        )
+        changelog.append((meta_key(self.partition), flush.meta.to_bytes()))
+        self._changed = {}
+        self._start_collecting()
+        return flush
+
+    def committed(self, flush: Flush) -> None:
+        """The broker has the flush."""
+        self.meta = flush.meta
+
+    def _publish(self, start: int, client: str, cutoff: int, now_ms: int) -> WindowSnapshot:
+        window = self.windows[start, client]
+        window.published_cutoff, window.published_at = cutoff, now_ms
+        clients = self._unpublished[start]
+        clients.discard(client)
+        if not clients:
+            del self._unpublished[start]
+        skus = {sku: replace(total) for sku, total in window.skus.items()}
+        return WindowSnapshot(self._ref(start, client), cutoff, skus, now_ms, self.watermark)
+
+    def _ref(self, start: int, client: str) -> WindowRef:
+        return WindowRef(client, start, start + self._length, self.meta.topic_id, self.partition)
+
+    def _window_record(self, start: int, client: str, window: OpenWindow) -> tuple[bytes, bytes]:
+        key = window_key(self.partition, start, client)
+        return key, published_value(window.published_cutoff, window.last_offset)
+
+    def _evict(self) -> list[tuple[bytes, None]]:
+        """Forget closed windows that are published and older than what memory keeps."""
+        forgotten: list[tuple[bytes, None]] = []
+        for start in [s for s in self._clients_by_start if self._is_evictable(s)]:
+            unpublished = self._unpublished.get(start, set())
+            for client in self._clients_by_start[start] - unpublished:
+                window = self.windows.pop((start, client))
+                forgotten += [
+                    (aggregate_key(self.partition, start, client, sku), None) for sku in window.skus
+                ]
+                forgotten.append((window_key(self.partition, start, client), None))
+            self._clients_by_start[start] &= unpublished
+            if not self._clients_by_start[start]:
+                del self._clients_by_start[start]
+        return forgotten
+
+    def _next_meta(self, cutoff: int) -> Meta:
+        counters = self.meta.counters
+        return replace(
+            self.meta,
+            applied_offset=cutoff,
+            appended_at=self._appended_at,
+            watermark=self.watermark,
+            counters=Counters(
+                counters.first_offset,
+                counters.accepted + len(self._rows),
+                counters.duplicates + self._duplicates,
+                counters.dead_letters + len(self._dead),
+                counters.skipped + self._skipped,
+            ),
+        )

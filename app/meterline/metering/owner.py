@@ -1,0 +1,202 @@
+"""The owner of one partition of `usage.events`: the meter, the ledger and the topics around it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from meterline.contracts.codec import RecordCodec
+from meterline.contracts.partitioner import partition_for
+from meterline.contracts.records import event_from_record, snapshot_to_record
+from meterline.contracts.topics import USAGE_EVENTS_DLQ, USAGE_WINDOWS
+from meterline.domain.dedupe import DedupeIndex
+from meterline.domain.events import UsageEvent
+from meterline.domain.windows import WindowSnapshot
+from meterline.ledger import queries
+from meterline.ledger.reader import LedgerReader
+from meterline.ledger.writer import LedgerWriter
+from meterline.logs import get_logger
+from meterline.metering.checks import check_log, check_windows, first_meta
+from meterline.metering.meter import EVENT_COLUMNS, DeadLetter, Flush, Meter
+from meterline.metering.state import Meta, meta_key
+from meterline.metrics import (
+    DEAD_LETTERS,
+    EVENTS,
+    FLUSH_STEP_SECONDS,
+    WATERMARK_SECONDS,
+    WINDOWS_OPEN,
+    WINDOWS_PUBLISHED,
+)
+from meterline.settings import MeteringSettings
+from meterline.streaming.owner import Commit, CommitFn, LogRange, Output, PartitionOwner, SourceRecord
+from meterline.streaming.steps import Step, reached
+
+__all__ = ["MeteringOwner", "MeteringTools"]
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class MeteringTools:
+    """What the owners of one worker share."""
+
+    settings: MeteringSettings
+    writer: LedgerWriter
+    reader: LedgerReader
+    events: RecordCodec
+    windows: RecordCodec
+    dead_letters: RecordCodec
+    window_partitions: int
+
+
+class MeteringOwner(PartitionOwner):
+    """Feeds the meter, makes its flushes durable: rows first, then one transaction."""
+
+    def __init__(self, partition: int, tools: MeteringTools) -> None:
+        self._partition = partition
+        self._tools = tools
+        self._meter: Meter
+        self._commit: CommitFn
+        self._log: LogRange
+
+    # -- take over
+
+    async def restore(self, state: Mapping[bytes, bytes], log: LogRange, commit: CommitFn) -> int:
+        """Check the state against the log and the ledger, rebuild the dedupe index.
+
+        Raises:
+            PartitionHalted: they contradict each other; the text names the range.
+        """
+        self._commit, self._log = commit, log
+        settings, reader = self._tools.settings, self._tools.reader
+        in_ledger = await reader.ask(queries.partition_offsets, log.topic_id, log.partition)
+        saved = state.get(meta_key(log.partition))
+        if saved is None:
+            meta = first_meta(log, in_ledger, settings)
+            # Before any insert: rows without a meta record mean a lost changelog, and only that.
+            await commit(Commit([(meta_key(log.partition), meta.to_bytes())], [], meta.applied_offset))
+        else:
+            meta = Meta.from_bytes(saved)
+        check_log(meta, log, settings)
+        seen = DedupeIndex(settings.dedupe_horizon_ms)
+        seen.add_all(
+            *await reader.ask(
+                queries.dedupe_rows,
+                log.topic_id,
+                log.partition,
+                meta.applied_offset,
+                max(0, meta.appended_at - settings.dedupe_horizon_ms),
+            )
+        )
+        self._meter = Meter(log.partition, settings, self._decoder(), meta, seen)
+        self._meter.restore(state)
+        await self._check_windows(meta)
+        self._show()
+        return self._meter.next_offset
+
+    async def _check_windows(self, meta: Meta) -> None:
+        kept = self._meter.kept_totals()
+        if not kept:
+            return
+        since = min(start for start, _, _ in kept)
+        in_ledger = await self._tools.reader.ask(
+            queries.kept_windows,
+            meta.topic_id,
+            self._partition,
+            meta.applied_offset,
+            since,
+            meta.window_length_ms,
+        )
+        check_windows(kept, in_ledger, meta, self._partition)
+
+    def _decoder(self) -> Callable[[bytes | None], UsageEvent]:
+        decode = self._tools.events.decode
+        return lambda value: event_from_record(decode(value))
+
+    # -- take in
+
+    def feed(self, records: Sequence[SourceRecord]) -> None:
+        """Hand the records to the meter."""
+        self._meter.take(records)
+
+    @property
+    def pending(self) -> int:
+        """Records taken in and not yet committed."""
+        return self._meter.pending
+
+    def on_idle(self, now_ms: int) -> None:
+        """Let wall time close what is due."""
+        self._meter.advance_watermark(now_ms - self._tools.settings.allowed_lateness_ms)
+
+    # -- flush
+
+    async def flush(self) -> None:
+        """Rows into the ledger first; then changelog, snapshots and dead letters in one transaction."""
+        while lacking := self._meter.windows_lacking_past():
+            applied = self._meter.meta.applied_offset
+            sums = await self._tools.reader.ask(queries.window_sums, [(ref, applied) for ref in lacking])
+            for ref, past in zip(lacking, sums, strict=True):
+                self._meter.add_past(ref, past)
+        flush = self._meter.build_flush(time.time_ns() // 1_000_000)
+        if flush is None:
+            return
+        reached(Step.FLUSH_BUILT)
+        if flush.rows:
+            with FLUSH_STEP_SECONDS.labels("insert").time():
+                await self._tools.writer.insert("events", EVENT_COLUMNS, flush.rows)
+            reached(Step.ROWS_INSERTED)
+        outputs = [self._window_output(snapshot) for snapshot in flush.snapshots]
+        outputs += [self._dead_letter_output(dead) for dead in flush.dead_letters]
+        with FLUSH_STEP_SECONDS.labels("commit").time():
+            await self._commit(Commit(flush.changelog, outputs, flush.meta.applied_offset))
+        self._meter.committed(flush)
+        self._count(flush)
+
+    def _window_output(self, snapshot: WindowSnapshot) -> Output:
+        key = snapshot.ref.client_id.encode()
+        value = self._tools.windows.encode(snapshot_to_record(snapshot))
+        return Output(USAGE_WINDOWS, partition_for(key, self._tools.window_partitions), key, value)
+
+    def _dead_letter_output(self, dead: DeadLetter) -> Output:
+        record = dead.record
+        letter = {
+            "value": record.value,
+            "key": record.key,
+            "headers": [{"key": key, "value": value} for key, value in record.headers],
+            "topic": self._log.topic,
+            "topic_id": self._log.topic_id,
+            "partition": self._partition,
+            "offset": record.offset,
+            "appended_at": record.timestamp,
+            "reason": dead.reason,
+            "detail": dead.detail,
+        }
+        # One hung worker must not hold up the readers of other partitions: source partition = dlq partition.
+        return Output(USAGE_EVENTS_DLQ, self._partition, record.key, self._tools.dead_letters.encode(letter))
+
+    # -- what people see
+
+    def _count(self, flush: Flush) -> None:
+        EVENTS.labels("accepted").inc(len(flush.rows[0]) if flush.rows else 0)
+        EVENTS.labels("duplicate").inc(flush.duplicates)
+        EVENTS.labels("dead_letter").inc(len(flush.dead_letters))
+        EVENTS.labels("late").inc(flush.late)
+        for dead in flush.dead_letters:
+            DEAD_LETTERS.labels(dead.reason).inc()
+        for snapshot in flush.snapshots:
+            WINDOWS_PUBLISHED.labels("snapshot").inc()
+            log.info(
+                "window closed",
+                client=snapshot.ref.client_id,
+                window_start=snapshot.ref.start,
+                window_end=snapshot.ref.end,
+                partition=self._partition,
+                cutoff=snapshot.cutoff_offset,
+                credits_micro=snapshot.billable_credits_micro,
+            )
+        self._show()
+
+    def _show(self) -> None:
+        WATERMARK_SECONDS.labels(self._partition).set(self._meter.watermark / 1000)
+        WINDOWS_OPEN.labels(self._partition).set(self._meter.open_windows)

@@ -1,0 +1,130 @@
+"""The bytes of metering's state table: one changelog record per key below, partition first.
+
+    A  aggregate   (window start, client, SKU) -> counts and credits
+    W  window      (window start, client)      -> cutoff of the newest published snapshot
+    M  meta                                    -> where the partition stands (JSON)
+
+Keys of a partition share its prefix, so that one partition's log is totally ordered and equal keys of two
+partitions never meet in Faust's flat store.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import asdict, dataclass, field
+
+from meterline.domain.windows import SkuTotal
+
+__all__ = [
+    "FORMAT_VERSION",
+    "RULE_VERSION",
+    "Counters",
+    "Meta",
+    "aggregate_key",
+    "aggregate_value",
+    "meta_key",
+    "parse_aggregate_key",
+    "parse_aggregate_value",
+    "parse_published_value",
+    "parse_window_key",
+    "published_value",
+    "window_key",
+]
+
+FORMAT_VERSION = 1
+"""Of these bytes. A change needs a migration."""
+RULE_VERSION = 1
+"""Of the rules that decide a record's fate. A new one takes effect above the highest offset in the ledger."""
+
+_HEAD = struct.Struct(">HcqH")  # partition, kind, window start, bytes of the client id
+_AGGREGATE = struct.Struct(">qqqq")
+_OFFSET = struct.Struct(">q")
+
+
+@dataclass(slots=True)
+class Counters:
+    """What became of every offset of the partition, since its first. They add up to the offsets."""
+
+    first_offset: int = 0
+    accepted: int = 0
+    duplicates: int = 0
+    dead_letters: int = 0
+    skipped: int = 0
+    """Offsets without a data record: transaction markers and aborted records."""
+
+
+@dataclass(slots=True)
+class Meta:
+    """Where a partition stands after its last commit."""
+
+    cluster_id: str
+    topic_id: str
+    applied_offset: int
+    appended_at: int
+    """Largest append time among the applied records (ms)."""
+    watermark: int
+    window_length_ms: int
+    counters: Counters = field(default_factory=Counters)
+    format: int = FORMAT_VERSION
+    rules: int = RULE_VERSION
+
+    def to_bytes(self) -> bytes:
+        """JSON: written once a flush, read by people in an emergency."""
+        return json.dumps(asdict(self), separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Meta:
+        """Inverse of to_bytes."""
+        fields = json.loads(data)
+        return cls(**{**fields, "counters": Counters(**fields["counters"])})
+
+
+def meta_key(partition: int) -> bytes:
+    """Key of the partition's one meta record."""
+    return struct.pack(">Hc", partition, b"M")
+
+
+def aggregate_key(partition: int, window_start: int, client_id: str, sku: str) -> bytes:
+    """Key of one SKU's sums in one window of one client."""
+    client = client_id.encode()
+    return _HEAD.pack(partition, b"A", window_start, len(client)) + client + sku.encode()
+
+
+def parse_aggregate_key(key: bytes) -> tuple[int, str, str]:
+    """Window start, client, SKU."""
+    _, _, window_start, length = _HEAD.unpack_from(key)
+    split = _HEAD.size + length
+    return window_start, key[_HEAD.size : split].decode(), key[split:].decode()
+
+
+def aggregate_value(total: SkuTotal) -> bytes:
+    """Four signed 64-bit integers."""
+    return _AGGREGATE.pack(total.count, total.credits_micro, total.free_count, total.free_credits_micro)
+
+
+def parse_aggregate_value(value: bytes) -> SkuTotal:
+    """Inverse of aggregate_value."""
+    return SkuTotal(*_AGGREGATE.unpack(value))
+
+
+def window_key(partition: int, window_start: int, client_id: str) -> bytes:
+    """Key of a window's publication state."""
+    client = client_id.encode()
+    return _HEAD.pack(partition, b"W", window_start, len(client)) + client
+
+
+def parse_window_key(key: bytes) -> tuple[int, str]:
+    """Window start, client."""
+    _, _, window_start, _ = _HEAD.unpack_from(key)
+    return window_start, key[_HEAD.size :].decode()
+
+
+def published_value(cutoff_offset: int, last_offset: int) -> bytes:
+    """Cutoff of the newest snapshot (-1: none yet) and offset of the newest event of the window."""
+    return _OFFSET.pack(cutoff_offset) + _OFFSET.pack(last_offset)
+
+
+def parse_published_value(value: bytes) -> tuple[int, int]:
+    """Inverse of published_value."""
+    return _OFFSET.unpack_from(value)[0], _OFFSET.unpack_from(value, _OFFSET.size)[0]

@@ -1,0 +1,79 @@
+"""The metering worker: what it is made of, and how it is put together.
+
+`meterline worker metering` runs it; so does `faust -A meterline.metering.worker worker`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from meterline.contracts.codec import RecordCodec
+from meterline.contracts.topics import USAGE_EVENTS, USAGE_EVENTS_DLQ, USAGE_WINDOWS
+from meterline.errors import UserError
+from meterline.ledger.reader import LedgerReader
+from meterline.ledger.writer import LedgerWriter
+from meterline.metering.owner import MeteringOwner, MeteringTools
+from meterline.settings import Settings, load_settings
+from meterline.streaming.app import WorkerApp, WorkerPlan, build_app
+from meterline.streaming.engine import EngineLimits
+from meterline.streaming.owner import PartitionOwner
+
+__all__ = ["create_app"]
+
+WEB_PORT = 6066
+
+
+def create_app(settings: Settings) -> WorkerApp:
+    """The Faust app of a metering worker."""
+    metering = settings.metering
+    writer = LedgerWriter(settings.clickhouse)
+    reader = LedgerReader(settings.clickhouse)
+    registry = settings.kafka.registry_url
+
+    async def open_owners(counts: Mapping[str, int]) -> Callable[[int], PartitionOwner]:
+        if counts[USAGE_EVENTS_DLQ] < counts[USAGE_EVENTS]:
+            raise UserError(
+                f"{USAGE_EVENTS_DLQ} has {counts[USAGE_EVENTS_DLQ]} partitions, fewer than {USAGE_EVENTS} "
+                f"with {counts[USAGE_EVENTS]}: a dead letter keeps its partition. See: meterline topics plan"
+            )
+        tools = MeteringTools(
+            settings=metering,
+            writer=writer,
+            reader=reader,
+            events=RecordCodec("usage-event", registry),
+            windows=RecordCodec("usage-window", registry),
+            dead_letters=RecordCodec("dead-letter", registry),
+            window_partitions=counts[USAGE_WINDOWS],
+        )
+        return lambda partition: MeteringOwner(partition, tools)
+
+    async def close() -> None:
+        reader.close()
+        await writer.close()
+
+    return build_app(
+        WorkerPlan(
+            name="metering",
+            source_topic=USAGE_EVENTS,
+            other_topics=(USAGE_WINDOWS, USAGE_EVENTS_DLQ),
+            limits=EngineLimits(
+                flush_interval_s=metering.flush_interval_ms / 1000,
+                pending_max=metering.pending_events_max,
+                idle_after_s=metering.idle_after_ms / 1000,
+            ),
+            web_port=WEB_PORT,
+            open=open_owners,
+            before_fencing=reader.wait_until_up,  # the dedupe index is rebuilt from the ledger
+            close=close,
+        ),
+        settings,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, made on first use: importing this module reads no setting and touches nothing."""
+    if name != "app":
+        raise AttributeError(name)
+    app = globals()["app"] = create_app(load_settings())
+    return app
