@@ -134,7 +134,7 @@ class BillingSettings(BaseModel):
     """Which SKU counts on which Stripe meter; empty: the packaged file, every SKU on the meter `credits`."""
     flush_interval_ms: int = Field(150, ge=5, le=60_000)
     pending_windows_max: int = Field(20_000, ge=1_000)
-    """Snapshots read and not yet committed; at this limit a worker stops taking records until a flush ends."""
+    """Snapshots read and not yet committed; at this limit a worker stops reading until a flush ends."""
     verify_retries: int = Field(20, ge=0, le=1_000)
     """How often a window that doesn't equal the ledger is compared again, each flush, before it is held. Its
     rows were acknowledged before its snapshot was committed: only a lagging replica needs a few seconds."""

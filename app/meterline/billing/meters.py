@@ -48,7 +48,8 @@ class Meter(_Strict):
     event_name: Annotated[str, Field(min_length=1, max_length=100)]
     display_name: Annotated[str, Field(min_length=1, max_length=250)]
     unit_credits: str
-    skus: Annotated[list[_Pattern], Field(min_length=1)]
+    skus: list[_Pattern]
+    """May be empty: a meter that was ever used stays in the file, or what it counted had no unit."""
 
     @field_validator("unit_credits")
     @classmethod

@@ -124,10 +124,9 @@ class StripeSender:
             record: as it was committed.
             committed_at: `boot_time()` right before the commit of this attempt.
         """
-        loop = asyncio.get_running_loop()
-        call = loop.run_in_executor(self._threads, self._request, record, committed_at)
+        call = self._threads.submit(self._request, record, committed_at)
         call.add_done_callback(lambda _: self._lanes.discard(record.lane))
-        outcome = await call
+        outcome = await asyncio.wrap_future(call)
         STRIPE_REQUESTS.labels(outcome.answer.value).inc()
         if outcome.answer is Answer.STOP and not self.stopped:
             self.stopped = outcome.detail
