@@ -78,7 +78,7 @@ class RecordCodec:
         try:
             # The writer alone would truncate a float to an integer, silently: money needs the check.
             validate(record, self._schema, strict=True)
-            schemaless_writer(stream, self._schema, record)
+            schemaless_writer(stream, self._schema, record, strict_allow_default=True)
         except Exception as error:  # each of its many errors says the same: this record doesn't fit
             raise ValueError(f"this is no {self.name} record: {error}") from error
         return stream.getvalue()
