@@ -1,0 +1,1 @@
+"""ClickHouse's own engine, chDB, as a server: `python -m meterline.local.clickhouse`."""
