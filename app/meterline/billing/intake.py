@@ -9,7 +9,7 @@ from typing import Protocol
 
 from meterline.billing.meters import UnmappedSkuError
 from meterline.billing.rows import window_row
-from meterline.billing.state import BillingState, Waiting
+from meterline.billing.state import BillingState, Row, Waiting
 from meterline.billing.valuation import Valuation
 from meterline.domain.billing import Known, Verdict, amounts_digest, judge
 from meterline.domain.clients import Client
@@ -79,6 +79,7 @@ class Intake:
         self,
         state: BillingState,
         valuation: Valuation,
+        *,
         clients: Clients,
         reader: Reader,
         settings: BillingSettings,
@@ -144,7 +145,7 @@ class Intake:
                     window_id=window_id,
                     client_id=one.snapshot.ref.client_id,
                     cutoff_offset=one.snapshot.cutoff_offset,
-                    remedy="compare both in the ledger's window_snapshots; one of them is not what the log says",
+                    remedy="compare both in the ledger's window_snapshots: one is not what the log says",
                 )
         return candidates
 
@@ -213,9 +214,7 @@ class Intake:
             self._state.add_row(row)
 
     @staticmethod
-    def _row(
-        kind: str, candidate: Arrived, credits_micro: int, reason: str, now_ms: int
-    ) -> tuple[object, ...]:
+    def _row(kind: str, candidate: Arrived, credits_micro: int, reason: str, now_ms: int) -> Row:
         snapshot = candidate.snapshot
         return window_row(
             kind, now_ms, snapshot.ref, snapshot.cutoff_offset, credits_micro=credits_micro, reason=reason

@@ -149,8 +149,8 @@ class Outbound:
             return
         if answer is Answer.MUTATED:
             raise PartitionHalted(
-                f"usage record {record.identifier} differs from what was first sent under its idempotency key "
-                f"{record.idempotency_key}: {outcome.detail}"
+                f"usage record {record.identifier} differs from what was first sent under its idempotency "
+                f"key {record.idempotency_key}: {outcome.detail}"
             )
         if answer in {Answer.ACCEPTED, Answer.DUPLICATE}:
             done = replace(record, state=RecordState(answer.value))
@@ -160,6 +160,7 @@ class Outbound:
         elif answer is Answer.REFUSED:
             refused = replace(record, state=RecordState.REFUSED, held_reason="refused")
             self._state.set_record(refused)
+            self._failures.pop(record.identifier, None)
             self._add_outcome(refused, outcome, now_ms)
             log.error(
                 "Stripe refused a usage record; it is held",
@@ -185,7 +186,7 @@ class Outbound:
                 "outcome",
                 now_ms,
                 record,
-                reason=record.held_reason or ("" if outcome.detail == "" else outcome.answer.value),
+                reason=record.held_reason or (outcome.answer.value if outcome.detail else ""),
                 request_id=outcome.request_id,
                 detail=outcome.detail,
             )

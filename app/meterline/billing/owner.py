@@ -97,8 +97,8 @@ class BillingOwner(PartitionOwner):
         if in_ledger > meta.next_seq:
             raise PartitionHalted(
                 f"the ledger has {in_ledger} steps of billing for {log.topic}-{log.partition}, its changelog "
-                f"accounts for {meta.next_seq}: the changelog lost state. Restore it; a fresh start would bill "
-                "these windows again"
+                f"accounts for {meta.next_seq}: the changelog lost state. Restore it; a fresh start would "
+                "bill these windows again"
             )
         self._state = committed or BillingState(self._partition, meta)
         self._check_meters()
@@ -107,7 +107,12 @@ class BillingOwner(PartitionOwner):
             await commit(Commit(self._state.take_changes(), (), meta.applied_offset))
         valuation = Valuation(self._state, parts.meters, parts.settings.installation_id)
         self._intake = Intake(
-            self._state, valuation, parts.clients, parts.reader, parts.settings, self._decode_bytes
+            self._state,
+            valuation,
+            clients=parts.clients,
+            reader=parts.reader,
+            settings=parts.settings,
+            decode=self._decode_bytes,
         )
         self._outbound = Outbound(self._state, parts.clients, parts.sender, parts.clock_ms)
         await self._append_rows()
@@ -153,8 +158,8 @@ class BillingOwner(PartitionOwner):
         used = {key.meter for key in self._state.accounts}
         if gone := sorted(used - self._parts.meters.by_name.keys()):
             raise PartitionHalted(
-                f"the meters file no longer has {', '.join(gone)}, which was billed. Put it back; its `skus` may "
-                "be empty"
+                f"the meters file no longer has {', '.join(gone)}, which was billed. Put it back; its `skus` "
+                "may be empty"
             )
 
     # -- records
@@ -215,7 +220,7 @@ class BillingOwner(PartitionOwner):
         self._show_held()
 
     async def _append_rows(self) -> None:
-        """Bring the outbox into the ledger. What a crash leaves behind is appended again: same seq, same row."""
+        """Bring the outbox into the ledger. A restart appends what it finds again: same seq, same row."""
         rows = dict(self._state.outbox)
         if rows:
             columns = log_columns(self._log.topic_id, self._partition, rows)
@@ -265,6 +270,6 @@ class BillingOwner(PartitionOwner):
 
     def close(self) -> None:
         """The partition is lost; see PartitionOwner."""
-        if hasattr(self, "_outbound"):
+        if hasattr(self, "_outbound"):  # not after a restore that halted
             self._outbound.close()
         self._set_held(Counter())

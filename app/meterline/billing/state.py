@@ -24,12 +24,13 @@ from meterline.domain.encoding import hash_hex
 from meterline.domain.usage_records import RecordState, UsageRecord
 from meterline.errors import PartitionHalted
 
-__all__ = ["FORMAT_VERSION", "BillingState", "Meta", "Waiting"]
+__all__ = ["FORMAT_VERSION", "BillingState", "Meta", "Row", "Waiting"]
 
 FORMAT_VERSION = 1
 """Raised with every change of the encodings below; a newer one than ours is not read."""
 
 Row = tuple[Any, ...]
+"""One row of usage_record_log, without where it stands; `rows` builds them."""
 
 
 def _values_of(kind: type) -> Callable[[Any], tuple[Any, ...]]:

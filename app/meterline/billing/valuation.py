@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from meterline.billing.meters import MeterMap
 from meterline.billing.rows import advance_row, record_row
@@ -53,7 +53,7 @@ class Valuation:
         period = self._period_of(snapshot, client, now_ms)
         records = []
         for meter, change in changes.items():
-            record = self._advance(snapshot, client, meter, change, period, now_ms)
+            record = self._advance(snapshot, client, meter, change, period=period, now_ms=now_ms)
             if record is not None:
                 records.append(record)
         self.state.set_window(window_id, Known(snapshot.cutoff_offset, amounts_digest(snapshot.skus), meters))
@@ -64,7 +64,14 @@ class Valuation:
         return own if invoice_takes(own.end, now_ms) else period_of(client, now_ms)
 
     def _advance(
-        self, snapshot: WindowSnapshot, client: Client, meter: str, change: int, period: Period, now_ms: int
+        self,
+        snapshot: WindowSnapshot,
+        client: Client,
+        meter: str,
+        change: int,
+        *,
+        period: Period,
+        now_ms: int,
     ) -> UsageRecord | None:
         ref, cutoff = snapshot.ref, snapshot.cutoff_offset
         key = AccountKey(ref.client_id, meter, self.meters.version, period.start, period.end)

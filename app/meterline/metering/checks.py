@@ -29,8 +29,8 @@ def first_meta(log: LogRange, in_ledger: tuple[int, int, int] | None, settings: 
         raise _halted(
             log,
             f"the ledger has {count} events at offsets {first}..{last}, but the changelog has no state: it "
-            "was deleted or belongs to another cluster. Counting again from the log could bill twice; restore "
-            "the changelog, or rebuild the state from the ledger",
+            "was deleted or belongs to another cluster. Counting again could bill twice: restore the "
+            "changelog, or rebuild the state from the ledger",
         )
     return Meta(
         cluster_id=log.cluster_id,

@@ -96,7 +96,7 @@ class WireReader:
         self._position += count
 
     def skip_strings(self, count: int) -> None:
-        """Pass over `count` length-prefixed strings. One loop without calls: inserts spend their time here."""
+        """Pass over `count` length-prefixed strings. No calls in the loop: inserts spend their time here."""
         buffer, position = self._buffer, self._position
         filled = len(buffer)
         for _ in range(count):

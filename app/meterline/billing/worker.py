@@ -1,0 +1,108 @@
+"""The billing worker: what it is made of, and how it is put together.
+
+`meterline worker billing` runs it; so does `faust -A meterline.billing.worker worker`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import stamina
+
+from meterline.billing.meters import load_meters
+from meterline.billing.owner import BillingOwner, BillingParts
+from meterline.billing.send import StripeSender, stripe_client
+from meterline.billing.stripe_meters import ensure_meters
+from meterline.billing.verify import LedgerVerifier
+from meterline.clients import ClientRegistry
+from meterline.contracts.codec import RecordCodec
+from meterline.contracts.topics import USAGE_WINDOWS
+from meterline.errors import RetryLater, UserError
+from meterline.ledger.reader import LedgerReader
+from meterline.ledger.writer import LedgerWriter
+from meterline.settings import Settings, load_settings
+from meterline.streaming.app import WorkerApp, WorkerPlan, build_app
+from meterline.streaming.engine import EngineLimits
+from meterline.streaming.owner import PartitionOwner
+
+__all__ = ["create_app"]
+
+WEB_PORT = 6067
+
+START_TIMEOUT_S = 30.0
+"""How long a starting worker waits for Stripe and for the client registry: longer than they take to start."""
+
+
+def create_app(settings: Settings) -> WorkerApp:
+    """The Faust app of a billing worker.
+
+    Raises:
+        UserError: the meters file is wrong.
+    """
+    billing = settings.billing
+    meters = load_meters(billing.meters_file)
+    client = stripe_client(settings.stripe)
+    sender = StripeSender(client, billing.requests_per_second, paused=billing.sending_paused)
+    writer = LedgerWriter(settings.clickhouse)
+    reader = LedgerReader(settings.clickhouse)
+    registry = ClientRegistry(settings)
+
+    def prepare() -> None:
+        registry.start()
+        registry.wait_until_caught_up(START_TIMEOUT_S)
+        try:
+            for attempt in stamina.retry_context(on=RetryLater, timeout=START_TIMEOUT_S, attempts=None):
+                with attempt:
+                    ensure_meters(client, meters.meters)
+        except RetryLater as error:
+            raise UserError(
+                f"{error}. Start the local stack with `meterline up`, or correct METERLINE_STRIPE__API_KEY "
+                "or METERLINE_STRIPE__SANDBOX_URL"
+            ) from error
+
+    async def open_owners(_counts: Mapping[str, int]) -> Callable[[int], PartitionOwner]:
+        await asyncio.to_thread(prepare)
+        parts = BillingParts(
+            settings=billing,
+            codec=RecordCodec("usage-window", settings.kafka.registry_url),
+            meters=meters,
+            clients=registry,
+            reader=LedgerVerifier(reader),
+            writer=writer,
+            sender=sender,
+        )
+        return lambda partition: BillingOwner(partition, parts)
+
+    async def close() -> None:
+        sender.close()
+        reader.close()
+        await writer.close()
+        await asyncio.to_thread(registry.close)
+
+    return build_app(
+        WorkerPlan(
+            name="billing",
+            source_topic=USAGE_WINDOWS,
+            other_topics=(),
+            limits=EngineLimits(
+                flush_interval_s=billing.flush_interval_ms / 1000,
+                pending_max=billing.pending_windows_max,
+                idle_after_s=settings.metering.idle_after_ms / 1000,
+            ),
+            web_port=WEB_PORT,
+            open=open_owners,
+            before_fencing=reader.wait_until_up,  # a restore asks the ledger how far billing got
+            close=close,
+        ),
+        settings,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """`app`, made on first use: importing this module reads no setting and touches nothing."""
+    if name != "app":
+        raise AttributeError(name)
+    app = globals()["app"] = create_app(load_settings())
+    return app

@@ -1,0 +1,260 @@
+"""Every answer Stripe documents, given by a real server on loopback through the real SDK."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs
+
+import pytest
+
+from meterline.billing.outcomes import Answer
+from meterline.billing.send import FRESH_S, RateLimit, StripeSender, boot_time, stripe_client
+from meterline.domain.usage_records import UsageRecord
+from meterline.settings import StripeSettings
+
+OURS = "mlur_0123"
+RECORD = UsageRecord(
+    identifier=OURS,
+    client_id="acme",
+    meter="credits",
+    map_version=1,
+    period_start=0,
+    period_end=10**13,
+    window_id="00" * 16,
+    window_start=0,
+    window_end=60_000,
+    source_topic_id="t",
+    source_partition=0,
+    cutoff_offset=7,
+    event_name="meterline_credits",
+    customer="cus_1",
+    value=-3,
+    event_timestamp=1_700_000_000,
+    attempt_key=2,
+)
+EVENT = {"object": "billing.meter_event", "identifier": OURS, "event_name": "meterline_credits"}
+
+
+def error(kind="invalid_request_error", message="no", **more):
+    return {"error": {"type": kind, "message": message, **more}}
+
+
+class Stripe(ThreadingHTTPServer):
+    """Gives the one answer it is told to, and keeps what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer = (200, json.dumps(EVENT).encode())
+        self.mode = "whole"
+        self.requests = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests.append((self.path, dict(self.headers), parse_qs(body.decode())))
+        status, data = self.server.answer
+        if self.server.mode == "drop":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+            return
+        if self.server.mode == "slow":
+            time.sleep(0.6)
+        self.send_response(status)
+        self.send_header("Request-Id", "req_7")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if self.server.mode == "truncate" else data)
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def stripe_server():
+    with Stripe() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def sender(stripe_server):
+    settings = StripeSettings(sandbox_url=f"http://127.0.0.1:{stripe_server.server_port}", timeout_s=0.3)
+    sender = StripeSender(stripe_client(settings), requests_per_second=1000)
+    yield sender
+    sender.close()
+
+
+def request(sender):
+    return sender._request(RECORD, boot_time())
+
+
+TABLE = [
+    # id, status, body, mode, answer, new idempotency key
+    ("accepted", 200, EVENT, "whole", Answer.ACCEPTED, False),
+    ("200 of somebody else", 200, EVENT | {"identifier": "x"}, "whole", Answer.UNKNOWN, False),
+    ("200 without JSON", 200, b"<html>ok</html>", "whole", Answer.UNKNOWN, False),
+    ("200 without body", 200, b"", "whole", Answer.UNKNOWN, False),
+    ("truncated", 200, EVENT, "truncate", Answer.UNKNOWN, False),
+    ("connection dropped", 200, EVENT, "drop", Answer.UNKNOWN, False),
+    ("timeout", 200, EVENT, "slow", Answer.UNKNOWN, False),
+    (
+        "duplicate of ours",
+        400,
+        error(message=f"An event already exists with identifier {OURS}."),
+        "whole",
+        Answer.DUPLICATE,
+        False,
+    ),
+    (
+        "duplicate of another",
+        400,
+        error(message=f"An event already exists with identifier {OURS}4."),
+        "whole",
+        Answer.REFUSED,
+        False,
+    ),
+    (
+        "no meter",
+        400,
+        error(message='No active meter found for event name "x"'),
+        "whole",
+        Answer.REFUSED,
+        False,
+    ),
+    ("not found", 404, error(), "whole", Answer.REFUSED, False),
+    ("400 that is no JSON", 400, b"Bad Request", "whole", Answer.REFUSED, False),
+    ("idempotency error", 400, error("idempotency_error"), "whole", Answer.MUTATED, False),
+    ("wrong key", 401, error(), "whole", Answer.STOP, False),
+    ("no permission", 403, error(), "whole", Answer.STOP, False),
+    ("key in use", 409, error(code="idempotency_key_in_use"), "whole", Answer.RETRY_LATER, False),
+    ("rate limit", 429, error(code="rate_limit"), "whole", Answer.RETRY_LATER, False),
+    ("lock timeout", 429, error(code="lock_timeout"), "whole", Answer.RETRY_LATER, False),
+    ("500", 500, error("api_error"), "whole", Answer.UNKNOWN, True),
+    ("502 of a proxy", 502, b"<html>bad gateway</html>", "whole", Answer.UNKNOWN, True),
+    ("503", 503, error("api_error"), "whole", Answer.UNKNOWN, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "mode", "answer", "new_key"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
+)
+def test_an_answer_has_one_meaning(stripe_server, sender, status, body, mode, answer, new_key):
+    """Nothing is guessed: what may have arrived is unknown, what can't have arrived is tried again."""
+    stripe_server.answer = (status, body if isinstance(body, bytes) else json.dumps(body).encode())
+    stripe_server.mode = mode
+
+    outcome = request(sender)
+
+    assert (answer, new_key) == (outcome.answer, outcome.new_key)
+    assert len(stripe_server.requests) == 1, "the SDK must not retry behind our back"
+    if mode == "whole":
+        assert outcome.answer is Answer.UNKNOWN or outcome.request_id == "req_7"
+    if answer is not Answer.ACCEPTED:
+        assert outcome.detail
+
+
+def test_a_request_says_exactly_what_the_record_says(stripe_server, sender):
+    """Payload, timestamp, identifier and idempotency key are the committed ones."""
+    request(sender)
+
+    ((path, headers, form),) = stripe_server.requests
+    assert path == "/v1/billing/meter_events"
+    assert headers["Idempotency-Key"] == f"{OURS}:2"
+    assert form == {
+        "event_name": ["meterline_credits"],
+        "identifier": [OURS],
+        "timestamp": ["1700000000"],
+        "payload[stripe_customer_id]": ["cus_1"],
+        "payload[value]": ["-3"],
+    }
+
+
+def test_a_stale_owner_sends_nothing(stripe_server, sender):
+    """A process that stalled after its commit may have lost the partition: no byte leaves it."""
+    outcome = sender._request(RECORD, boot_time() - FRESH_S - 0.1)
+
+    assert outcome.answer is Answer.NOT_SENT
+    assert stripe_server.requests == []
+
+
+async def _send(sender, record=RECORD):
+    assert sender.reserve(record.lane)
+    return await sender.send(record, boot_time())
+
+
+def run(coroutine):
+    import asyncio
+
+    return asyncio.run(coroutine)
+
+
+def test_a_refused_key_stops_sending(stripe_server, sender):
+    """Every further request would be refused too; consuming goes on elsewhere."""
+    stripe_server.answer = (401, json.dumps(error(message="Invalid API Key provided")).encode())
+
+    run(_send(sender))
+
+    assert sender.room() == 0
+    assert "Invalid API Key provided" in sender.stopped
+
+
+def test_one_request_at_a_time_for_a_customer_and_meter(stripe_server, sender):
+    """Stripe answers 409 to the second; other customers don't wait."""
+
+    async def overlap():
+        stripe_server.mode = "slow"
+        assert sender.reserve(RECORD.lane)
+        call = sender.send(RECORD, boot_time())
+        assert not sender.reserve(RECORD.lane)
+        assert sender.reserve(("cus_2", RECORD.event_name))
+        await call
+        return sender.reserve(RECORD.lane)
+
+    assert run(overlap())
+
+
+def test_the_rate_is_kept_over_time():
+    """At most a second's worth at once, then the rate; a long pause saves nothing up."""
+    now = [0.0]
+    limit = RateLimit(25.0, clock=lambda: now[0])
+    assert limit.available() == 25
+    limit.take(25)
+    now[0] += 0.2
+    assert limit.available() == 5
+    limit.take(5)
+    now[0] += 3600
+
+    assert limit.available() == 25
+
+
+def test_a_slow_rate_still_sends():
+    """Less than one request a second: one token, then a wait."""
+    now = [0.0]
+    limit = RateLimit(0.5, clock=lambda: now[0])
+    limit.take(1)
+    now[0] += 1.0
+    assert limit.available() == 0
+    now[0] += 1.0
+
+    assert limit.available() == 1
+
+
+def test_a_paused_sender_has_no_room(stripe_server):
+    """`sending_paused` keeps usage records as intents."""
+    sender = StripeSender(stripe_client(StripeSettings()), 25.0, paused=True)
+
+    assert sender.room() == 0
+    sender.close()
