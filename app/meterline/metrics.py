@@ -9,7 +9,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 __all__ = [
     "DEAD_LETTERS",
-    "EVENTS",
+    "EVENTS_TAKEN",
     "FLUSH_STEP_SECONDS",
     "PARTITION_HALTED",
     "PENDING_EVENTS",
@@ -22,7 +22,7 @@ __all__ = [
     "WINDOWS_PUBLISHED",
 ]
 
-EVENTS = Counter("meterline_events", "Records of usage.events by what became of them.", ["disposition"])
+EVENTS_TAKEN = Counter("meterline_events", "Records of usage.events by what became of them.", ["disposition"])
 DEAD_LETTERS = Counter("meterline_dead_letters", "Dead letters by reason code.", ["reason"])
 WATERMARK_SECONDS = Gauge(
     "meterline_watermark_timestamp_seconds", "Event time up to which windows are closed.", ["partition"]

@@ -102,7 +102,7 @@ def test_a_wrong_file_is_one_clear_message(load, change, text):
 
 def test_a_missing_file_is_named(tmp_path):
     """The path in the message is the one in the setting."""
-    with pytest.raises(UserError, match="nowhere.yaml can't be read"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml can't be read"):
         load_meters(str(tmp_path / "nowhere.yaml"))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
 from urllib.parse import parse_qs
 
 import pytest
@@ -17,6 +19,7 @@ from meterline.domain.usage_records import UsageRecord
 from meterline.settings import StripeSettings
 
 OURS = "mlur_0123"
+EXISTS = "An event already exists with identifier "
 RECORD = UsageRecord(
     identifier=OURS,
     client_id="acme",
@@ -101,69 +104,67 @@ def request(sender):
     return sender._request(RECORD, boot_time())
 
 
+class Case(NamedTuple):
+    """One answer and what it means."""
+
+    name: str
+    status: int
+    body: dict | bytes
+    mode: str
+    answer: Answer
+    new_key: bool = False
+    request_id: str = "req_7"
+
+
+# Of an answer that is no Stripe error in JSON the SDK keeps no headers: there is no request id to write down.
 TABLE = [
-    # id, status, body, mode, answer, new idempotency key
-    ("accepted", 200, EVENT, "whole", Answer.ACCEPTED, False),
-    ("200 of somebody else", 200, EVENT | {"identifier": "x"}, "whole", Answer.UNKNOWN, False),
-    ("200 without JSON", 200, b"<html>ok</html>", "whole", Answer.UNKNOWN, False),
-    ("200 without body", 200, b"", "whole", Answer.UNKNOWN, False),
-    ("truncated", 200, EVENT, "truncate", Answer.UNKNOWN, False),
-    ("connection dropped", 200, EVENT, "drop", Answer.UNKNOWN, False),
-    ("timeout", 200, EVENT, "slow", Answer.UNKNOWN, False),
-    (
-        "duplicate of ours",
-        400,
-        error(message=f"An event already exists with identifier {OURS}."),
+    Case("accepted", 200, EVENT, "whole", Answer.ACCEPTED),
+    Case("200 of somebody else", 200, EVENT | {"identifier": "x"}, "whole", Answer.UNKNOWN, request_id=""),
+    Case("200 without JSON", 200, b"<html>ok</html>", "whole", Answer.UNKNOWN, request_id=""),
+    Case("200 without body", 200, b"", "whole", Answer.UNKNOWN, request_id=""),
+    Case("truncated", 200, EVENT, "truncate", Answer.UNKNOWN, request_id=""),
+    Case("connection dropped", 200, EVENT, "drop", Answer.UNKNOWN, request_id=""),
+    Case("timeout", 200, EVENT, "slow", Answer.UNKNOWN, request_id=""),
+    Case("duplicate of ours", 400, error(message=EXISTS + f"{OURS}."), "whole", Answer.DUPLICATE),
+    Case("duplicate of another", 400, error(message=EXISTS + f"{OURS}4."), "whole", Answer.REFUSED),
+    Case("no meter", 400, error(message='No active meter found for event name "x"'), "whole", Answer.REFUSED),
+    Case("not found", 404, error(), "whole", Answer.REFUSED),
+    Case("400 that is no JSON", 400, b"Bad Request", "whole", Answer.REFUSED, request_id=""),
+    Case("idempotency error", 400, error("idempotency_error"), "whole", Answer.MUTATED),
+    Case("wrong key", 401, error(), "whole", Answer.STOP),
+    Case("no permission", 403, error(), "whole", Answer.STOP),
+    Case("key in use", 409, error(code="idempotency_key_in_use"), "whole", Answer.RETRY_LATER),
+    Case("rate limit", 429, error(code="rate_limit"), "whole", Answer.RETRY_LATER),
+    Case("lock timeout", 429, error(code="lock_timeout"), "whole", Answer.RETRY_LATER),
+    Case("500", 500, error("api_error"), "whole", Answer.UNKNOWN, new_key=True),
+    Case(
+        "502 of a proxy",
+        502,
+        b"<html>bad gateway</html>",
         "whole",
-        Answer.DUPLICATE,
-        False,
+        Answer.UNKNOWN,
+        new_key=True,
+        request_id="",
     ),
-    (
-        "duplicate of another",
-        400,
-        error(message=f"An event already exists with identifier {OURS}4."),
-        "whole",
-        Answer.REFUSED,
-        False,
-    ),
-    (
-        "no meter",
-        400,
-        error(message='No active meter found for event name "x"'),
-        "whole",
-        Answer.REFUSED,
-        False,
-    ),
-    ("not found", 404, error(), "whole", Answer.REFUSED, False),
-    ("400 that is no JSON", 400, b"Bad Request", "whole", Answer.REFUSED, False),
-    ("idempotency error", 400, error("idempotency_error"), "whole", Answer.MUTATED, False),
-    ("wrong key", 401, error(), "whole", Answer.STOP, False),
-    ("no permission", 403, error(), "whole", Answer.STOP, False),
-    ("key in use", 409, error(code="idempotency_key_in_use"), "whole", Answer.RETRY_LATER, False),
-    ("rate limit", 429, error(code="rate_limit"), "whole", Answer.RETRY_LATER, False),
-    ("lock timeout", 429, error(code="lock_timeout"), "whole", Answer.RETRY_LATER, False),
-    ("500", 500, error("api_error"), "whole", Answer.UNKNOWN, True),
-    ("502 of a proxy", 502, b"<html>bad gateway</html>", "whole", Answer.UNKNOWN, True),
-    ("503", 503, error("api_error"), "whole", Answer.UNKNOWN, True),
+    Case("503", 503, error("api_error"), "whole", Answer.UNKNOWN, new_key=True),
 ]
 
 
-@pytest.mark.parametrize(
-    ("status", "body", "mode", "answer", "new_key"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
-)
-def test_an_answer_has_one_meaning(stripe_server, sender, status, body, mode, answer, new_key):
+@pytest.mark.parametrize("case", TABLE, ids=[case.name for case in TABLE])
+def test_an_answer_has_one_meaning(stripe_server, sender, case):
     """Nothing is guessed: what may have arrived is unknown, what can't have arrived is tried again."""
-    stripe_server.answer = (status, body if isinstance(body, bytes) else json.dumps(body).encode())
-    stripe_server.mode = mode
+    body = case.body if isinstance(case.body, bytes) else json.dumps(case.body).encode()
+    stripe_server.answer, stripe_server.mode = (case.status, body), case.mode
 
     outcome = request(sender)
 
-    assert (answer, new_key) == (outcome.answer, outcome.new_key)
+    assert (case.answer, case.new_key, case.request_id) == (
+        outcome.answer,
+        outcome.new_key,
+        outcome.request_id,
+    )
     assert len(stripe_server.requests) == 1, "the SDK must not retry behind our back"
-    if mode == "whole":
-        assert outcome.answer is Answer.UNKNOWN or outcome.request_id == "req_7"
-    if answer is not Answer.ACCEPTED:
-        assert outcome.detail
+    assert bool(outcome.detail) == (case.answer is not Answer.ACCEPTED)
 
 
 def test_a_request_says_exactly_what_the_record_says(stripe_server, sender):
@@ -196,8 +197,6 @@ async def _send(sender, record=RECORD):
 
 
 def run(coroutine):
-    import asyncio
-
     return asyncio.run(coroutine)
 
 
@@ -252,7 +251,7 @@ def test_a_slow_rate_still_sends():
     assert limit.available() == 1
 
 
-def test_a_paused_sender_has_no_room(stripe_server):
+def test_a_paused_sender_has_no_room():
     """`sending_paused` keeps usage records as intents."""
     sender = StripeSender(stripe_client(StripeSettings()), 25.0, paused=True)
 

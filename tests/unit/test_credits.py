@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
+from decimal import Decimal, localcontext
 
 import pytest
 
@@ -47,13 +47,27 @@ def test_what_is_not_exact_is_refused_with_the_reason(amount, why):
         to_micro(amount)
 
 
-@pytest.mark.xfail(
-    reason="to_micro rounds to 28 digits before it looks: see the report on contracts", strict=True
+@pytest.mark.parametrize(
+    ("amount", "why"),
+    [
+        ("1." + "0" * 40 + "1", "finer than a micro-credit"),
+        ("-0." + "0" * 40 + "1", "finer than a micro-credit"),
+        ("1E-999999999999", "finer than a micro-credit"),
+        ("1000000000." + "0" * 40 + "1", "more than 1000000000"),
+        ("1E+999999999999", "more than 1000000000"),
+    ],
 )
-def test_an_amount_with_more_digits_than_decimals_context_is_not_rounded():
+def test_an_amount_with_more_digits_than_decimals_context_is_not_rounded(amount, why):
     """The rule holds for any number of digits, not only for those that fit the default context."""
-    with pytest.raises(ValueError, match="finer than a micro-credit"):
-        to_micro("1." + "0" * 40 + "1")
+    with pytest.raises(ValueError, match=why):
+        to_micro(amount)
+
+
+def test_a_callers_decimal_context_changes_nothing():
+    """A program that computes with few digits still pays the exact amount."""
+    with localcontext(prec=3):
+        assert to_micro("123456789.123456") == 123_456_789_123_456
+    assert to_micro("1." + "0" * 60) == 1_000_000
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,9 @@ def folder(tmp_path):
     return shutil.copytree(topics_dir(), tmp_path / "topics")
 
 
-def change(folder, name, **fields):
+def change(folder, topic, fields):
     """Rewrite one description."""
-    path = folder / f"{name}.yaml"
+    path = folder / f"{topic}.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | fields))
 
 
@@ -122,7 +122,7 @@ def test_counts_that_money_lives_by_are_fixed():
 )
 def test_a_wrong_description_is_refused_with_file_and_field(folder, name, fields, message):
     """The person who wrote it sees where to look."""
-    change(folder, name, **fields)
+    change(folder, name, fields)
 
     with pytest.raises(UserError, match=message):
         load_topics(folder)

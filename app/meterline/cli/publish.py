@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from meterline.domain.credits import format_credits
-from meterline.errors import RetryLater, UserError
+from meterline.errors import RetryLater, UserError, WorkerMustExit
 from meterline.producer import DeliveryFailed, UsageProducer
 from meterline.producer.files import FileFormat, UsageFile, open_usage_file
 from meterline.producer.intake import BadRow, judge_rows
@@ -22,10 +22,10 @@ from meterline.settings import load_settings
 
 __all__ = ["publish"]
 
-BAD_ROWS_SHOWN = 20
-"""On a terminal: enough to see the pattern."""
-BAD_ROWS_LISTED = 1_000
-"""In the JSON summary: bounded memory for a file that is bad throughout."""
+ROWS_SHOWN = 20
+"""Bad rows, and equal rows, on the screen: enough to see the pattern."""
+ROWS_LISTED = 1_000
+"""Of each, in the JSON summary: bounded memory for a file that is bad throughout."""
 PROGRESS_ROWS = 500
 """Rows between two looks at the progress bar; it draws ten times a second at most."""
 INTERRUPTED_FLUSH_S = 3.0
@@ -44,6 +44,7 @@ class Summary:
         equal: good rows that repeat an earlier event; metering counts them as duplicates.
         bad: rows that must not be published.
         credits_micro: of the good rows, equal ones once.
+        equal_rows: the first of the equal ones, each with the line it equals.
         bad_rows: the first of the bad ones.
     """
 
@@ -55,6 +56,7 @@ class Summary:
     bad: int = 0
     published: int = 0
     credits_micro: int = 0
+    equal_rows: list[dict[str, int]] = field(default_factory=list)
     bad_rows: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -80,9 +82,9 @@ def publish(
     dedupe horizon, 24 hours by default). Exit code 1: a row was bad, or not everything was acknowledged.
     """
     stderr = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    with open_usage_file(file, file_format, sys.stdin.buffer) as usage_file:
+    with open_usage_file(file, file_format, sys.stdin.buffer if sys.stdin else None) as usage_file:
         summary = _judge(usage_file, stderr, dry_run=dry_run)
-        _print_bad(summary, stderr)
+        _print_rows(summary, stderr)
         if summary.good and not dry_run and (skip_bad or not summary.bad):
             _publish(usage_file, summary, stderr, skip_bad=skip_bad)
     if as_json:
@@ -102,7 +104,7 @@ def _judge(file: UsageFile, stderr: Console, *, dry_run: bool) -> Summary:
             tick(summary.rows)
             if isinstance(row, BadRow):
                 summary.bad += 1
-                if len(summary.bad_rows) < BAD_ROWS_LISTED:
+                if len(summary.bad_rows) < ROWS_LISTED:
                     summary.bad_rows.append({"line": row.line, "reason": row.reason})
                 continue
             summary.good += 1
@@ -110,6 +112,8 @@ def _judge(file: UsageFile, stderr: Console, *, dry_run: bool) -> Summary:
                 summary.credits_micro += row.event.credits_micro
             else:
                 summary.equal += 1
+                if len(summary.equal_rows) < ROWS_LISTED:
+                    summary.equal_rows.append({"line": row.line, "equals_line": row.equals_line})
     return summary
 
 
@@ -119,28 +123,34 @@ def _publish(file: UsageFile, summary: Summary, stderr: Console, *, skip_bad: bo
     try:
         producer.check()
         with _progress(file, stderr, "Publishing") as tick:
-            for number, row in enumerate(judge_rows(file), 1):
-                tick(number)
-                if isinstance(row, BadRow):
-                    if not skip_bad:
-                        raise UserError(
-                            f"{file.name}, line {row.line}: {row.reason}. The file has changed since "
-                            "it was checked; run the command again."
-                        )
-                    continue
-                producer.publish_event(row.event)
+            _queue_rows(producer, file, tick, skip_bad=skip_bad)
         producer.close()
     except KeyboardInterrupt:
         stderr.print(_interrupted(producer, summary))
         raise typer.Exit(INTERRUPTED) from None
-    except RetryLater as error:
+    except (RetryLater, UserError, WorkerMustExit) as error:
         _close_quietly(producer)
-        raise RetryLater(
-            f"{error} {producer.acknowledged} of {summary.good} events were acknowledged; running the command "
-            "again is safe."
-        ) from None
+        text = (
+            f"{error} {producer.acknowledged} of {summary.good} events were acknowledged; running the "
+            "command again is safe."
+        )
+        raise (UserError if isinstance(error, UserError) else RetryLater)(text) from None
     finally:
         summary.published = producer.acknowledged
+
+
+def _queue_rows(
+    producer: UsageProducer, file: UsageFile, tick: Callable[[int], None], *, skip_bad: bool
+) -> None:
+    for number, row in enumerate(judge_rows(file), 1):
+        tick(number)
+        if not isinstance(row, BadRow):
+            producer.publish_event(row.event)
+        elif not skip_bad:
+            raise UserError(
+                f"{file.name}, line {row.line}: {row.reason}. The file has changed since it was checked; "
+                "look at it and run the command again."
+            )
 
 
 def _interrupted(producer: UsageProducer, summary: Summary) -> str:
@@ -159,11 +169,16 @@ def _close_quietly(producer: UsageProducer) -> None:
         return
 
 
-def _print_bad(summary: Summary, stderr: Console) -> None:
-    for row in summary.bad_rows[:BAD_ROWS_SHOWN]:
-        stderr.print(f"line {row['line']}: {row['reason']}")
-    if summary.bad > BAD_ROWS_SHOWN:
-        stderr.print(f"... and {summary.bad - BAD_ROWS_SHOWN} more bad rows")
+def _print_rows(summary: Summary, stderr: Console) -> None:
+    """Equal rows first: what is wrong should stand last, where it is seen."""
+    for equal in summary.equal_rows[:ROWS_SHOWN]:
+        stderr.print(f"line {equal['line']}: equal to line {equal['equals_line']}")
+    if summary.equal > ROWS_SHOWN:
+        stderr.print(f"... and {summary.equal - ROWS_SHOWN} more equal rows")
+    for bad in summary.bad_rows[:ROWS_SHOWN]:
+        stderr.print(f"line {bad['line']}: {bad['reason']}")
+    if summary.bad > ROWS_SHOWN:
+        stderr.print(f"... and {summary.bad - ROWS_SHOWN} more bad rows")
 
 
 def _sentence(summary: Summary, *, skip_bad: bool) -> str:
@@ -185,7 +200,7 @@ def _sentence(summary: Summary, *, skip_bad: bool) -> str:
 
 
 @contextmanager
-def _progress(file: UsageFile, stderr: Console, title: str) -> Iterator[Any]:
+def _progress(file: UsageFile, stderr: Console, title: str) -> Iterator[Callable[[int], None]]:
     """A bar over the bytes of the file, on a terminal only; yields what to call with each row's number."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rows]} rows"))
     with Progress(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decimal import Decimal, InvalidOperation
+from decimal import Context, Decimal, Inexact, InvalidOperation
 
 __all__ = ["CREDITS_MICRO_MAX", "MICRO", "format_credits", "to_micro"]
 
@@ -10,6 +10,10 @@ MICRO = 1_000_000
 
 CREDITS_MICRO_MAX = 10**15
 """Largest amount of one event, a billion credits: sums of thousands of such events still fit an int64."""
+
+_MICRO_CREDIT = Decimal("0.000001")
+_NEVER_ROUND = Context(prec=28, traps=[Inexact])
+"""28 digits hold every amount within the limit; what doesn't fit them raises."""
 
 
 def to_micro(amount: Decimal | int | str) -> int:
@@ -31,12 +35,14 @@ def to_micro(amount: Decimal | int | str) -> int:
         raise ValueError(f"credits {amount!r} is not a decimal number") from None
     if not value.is_finite():
         raise ValueError(f"credits {amount!r} is not a finite number")
-    if abs(value) > CREDITS_MICRO_MAX // MICRO:
+    # Not abs(): it rounds to the context's 28 digits, as all of Decimal's arithmetic does; comparing doesn't.
+    if value.copy_abs() > CREDITS_MICRO_MAX // MICRO:
         raise ValueError(f"credits {amount} is more than {CREDITS_MICRO_MAX // MICRO} in one event")
-    micro = value.scaleb(6)
-    if micro != micro.to_integral_value():
-        raise ValueError(f"credits {amount} is finer than a micro-credit (six decimal places)")
-    return int(micro)
+    try:
+        micro = value.quantize(_MICRO_CREDIT, context=_NEVER_ROUND)
+    except Inexact:
+        raise ValueError(f"credits {amount} is finer than a micro-credit (six decimal places)") from None
+    return int(micro.scaleb(6, context=_NEVER_ROUND))
 
 
 def format_credits(micro: int) -> str:

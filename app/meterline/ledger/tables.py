@@ -17,16 +17,16 @@ EVENT_COLUMNS = (
     "partition",
     "offset",
     "appended_at",
-    "client_id",
     "event_id",
+    "client_id",
     "correlation_id",
     "sku",
     "credits_micro",
-    "billable",
     "occurred_at",
     "source",
     "attributes",
     "reservation_id",
+    "billable",
     "corrects_event_id",
     "corrects_kind",
     "corrects_topic_id",
@@ -35,7 +35,8 @@ EVENT_COLUMNS = (
     "identity_hash",
     "payload_digest",
 )
-"""Times are int milliseconds; `attributes` a dict; `reservation_id` a str or None; no correction: '', 0."""
+"""From `event_id` to `billable` as in the schema. Times are int milliseconds; `attributes` a dict;
+`reservation_id` a str or None; no correction: '', 0."""
 
 WINDOW_SNAPSHOTS = "window_snapshots"
 WINDOW_SNAPSHOT_COLUMNS = (

@@ -110,7 +110,7 @@ class Kafka:
             partial.replace(target)
 
     def _class_archive(self, java: Java) -> list[str]:
-        """Use the class archive of this Java and these jars, or write one at exit: it halves the next start."""
+        """Use the class archive of this Java and these jars, or write one at exit: it halves a start."""
         key = hashlib.sha256(f"{java.build}{lock_digest()}{FAST_START}".encode()).hexdigest()[:12]
         archive = cache_directory() / f"kafka-{key}.jsa"
         new = self._directory / NEW_ARCHIVE

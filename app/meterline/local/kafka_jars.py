@@ -55,7 +55,8 @@ def read_lock() -> list[Jar]:
     jars = []
     for line in _lock_text().splitlines():
         coordinate, checksum = line.split()
-        jars.append(Jar(*coordinate.split(":"), checksum.removeprefix("sha256:")))
+        group, artifact, version = coordinate.split(":")
+        jars.append(Jar(group, artifact, version, checksum.removeprefix("sha256:")))
     return jars
 
 
@@ -124,8 +125,9 @@ def _download(jar: Jar, maven: Path, complete: Path) -> None:
     checksum = hashlib.sha256(downloaded.read_bytes()).hexdigest()
     if checksum != jar.sha256:
         raise UserError(
-            f"{jar.file_name} is not the file Meterline was built with: sha256 {checksum}, expected {jar.sha256}. "
-            "Nothing was kept. Try again; if it stays, the repository or a proxy on the way changed it."
+            f"{jar.file_name} is not the file Meterline was built with: sha256 {checksum}, expected "
+            f"{jar.sha256}. Nothing was kept. Try again; if it stays, the repository or a proxy on "
+            "the way changed it."
         )
     shutil.move(downloaded, complete / jar.file_name)
 

@@ -27,7 +27,7 @@ POLL_INTERVAL_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class ProcessRecord:
-    """A started process. `started` is the operating system's word for when, opaque but unique with the pid."""
+    """A started process. `started`: the operating system's word for when, unique with the pid."""
 
     pid: int
     started: str

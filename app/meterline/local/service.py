@@ -21,9 +21,13 @@ PROBE_TIMEOUT_S = 1.0
 class Service(Protocol):
     """One background process of the stack."""
 
-    name: str
-    extra: tuple[str, ...]
-    """Modules of the `local` extra it needs."""
+    @property
+    def name(self) -> str:
+        """What people call it; also the name of its log and its pid file."""
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """Modules of the `local` extra it needs."""
 
     def ports(self) -> Mapping[str, int]:
         """The ports it listens on, by their names in `Ports`."""
@@ -46,7 +50,7 @@ def answering_pid(port: int) -> int | None:
     """Which process says it answers GET /healthz on a port."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         address = f"http://{HOST}:{port}/healthz"
-        with urllib.request.urlopen(address, timeout=PROBE_TIMEOUT_S) as answer:  # noqa: S310 - loopback http
+        with urllib.request.urlopen(address, timeout=PROBE_TIMEOUT_S) as answer:
             body: Any = json.load(answer)
             return int(body["pid"])
     return None

@@ -30,7 +30,7 @@ READY_TIMEOUT_S = 60.0
 POLL_INTERVAL_S = 0.05
 
 FREE_DISK_BYTES_MIN = 1 << 30
-"""Kafka ends itself when its disk is full. A gigabyte holds the downloads (45 MB) and a long day of trying."""
+"""Kafka ends itself when its disk is full. A gigabyte holds the downloads (45 MB) and a day of trying."""
 
 LOG_TAIL_LINES = 15
 
@@ -66,12 +66,13 @@ class Stack:
         self.state_dir = state_dir
         self.ports = ports or Ports.from_environment()
         self._cancelled = threading.Event()
-        self._services: Sequence[Service] = services or (
+        own: tuple[Service, ...] = (
             Kafka(state_dir / "kafka", self.ports, self._cancelled),
             ClickHouse(state_dir / "clickhouse", self.ports),
             Redis(state_dir / "redis", self.ports),
             StripeSandbox(state_dir / "stripe", self.ports),
         )
+        self._services: Sequence[Service] = services or own
 
     def up(self, on_progress: Progress = _no_progress) -> list[str]:
         """Start what doesn't run, all at once; return when everything is ready. The names of the started.
@@ -102,7 +103,7 @@ class Stack:
             return [service.name for service in waiting]
 
     def down(self, *, wipe: bool = False, on_progress: Progress = _no_progress) -> list[str]:
-        """Stop what runs, all at once; with `wipe` also remove everything it knew. The names of the stopped."""
+        """Stop what runs, all at once; with `wipe` also remove all it knew. The names of the stopped."""
         if not self.state_dir.exists():
             return []
         with self._locked():

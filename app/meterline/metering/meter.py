@@ -30,33 +30,12 @@ from meterline.metering.state import (
 )
 from meterline.settings import MeteringSettings
 
-__all__ = ["EVENT_COLUMNS", "DeadLetter", "Flush", "Meter", "WindowKey"]
+__all__ = ["DeadLetter", "Flush", "Meter", "WindowKey"]
 
 INT64_MAX = 2**63 - 1
 
-EVENT_COLUMNS = (
-    "topic_id",
-    "partition",
-    "offset",
-    "appended_at",
-    "client_id",
-    "event_id",
-    "correlation_id",
-    "sku",
-    "credits_micro",
-    "billable",
-    "occurred_at",
-    "source",
-    "attributes",
-    "reservation_id",
-    "corrects_event_id",
-    "corrects_kind",
-    "corrects_topic_id",
-    "corrects_partition",
-    "corrects_offset",
-    "identity_hash",
-    "payload_digest",
-)
+EVENT_FIELDS = 10
+"""Fields of an event that are columns as they are; the eleventh is the correction."""
 
 WindowKey = tuple[int, str]
 """Window start (ms) and client."""
@@ -91,7 +70,7 @@ class Flush:
     """What one flush writes, decided and not to be changed."""
 
     rows: list[list[Any]]
-    """Columns of the ledger's `events`, in the order of EVENT_COLUMNS."""
+    """Columns of the ledger's `events`, in the order of `ledger.tables.EVENT_COLUMNS`."""
     changelog: list[tuple[bytes, bytes | None]]
     snapshots: list[WindowSnapshot]
     dead_letters: list[DeadLetter]
@@ -193,7 +172,9 @@ class Meter:
     def _take_event(self, event: UsageEvent, offset: int, appended_at: int) -> None:
         identity = identity_hash(event.client_id, event.event_id)
         digest = payload_digest(event)
-        first = self.seen.find(identity, appended_at)
+        # Judged at the newest append time so far: the broker's clock may step back, and a rebuilt index
+        # holds only what is within the horizon of that time.
+        first = self.seen.find(identity, self._appended_at)
         if first is not None:
             if first != digest:
                 raise DeadLetterError(
@@ -209,7 +190,7 @@ class Meter:
                 self.partition,
                 offset,
                 appended_at,
-                *event[:10],
+                *event[:EVENT_FIELDS],
                 *(event.corrects or _NO_CORRECTION),
                 identity,
                 digest,
@@ -238,8 +219,9 @@ class Meter:
             )
         if window is None:
             window = self._window(start, event.client_id)
-            # It may have been published and evicted: then its sums so far stand in the ledger alone.
-            window.lacks_past = self._is_evictable(start)
+            # It may have been published and evicted: then its sums so far stand in the ledger alone. Asked of
+            # every window that has ended: how long windows are kept may have been set higher since.
+            window.lacks_past = start + self._length <= self.watermark
         if event.billable:
             total.count += 1
             total.credits_micro = after
@@ -304,10 +286,13 @@ class Meter:
                 break
             for client in self._unpublished[start]:
                 window = self.windows[start, client]
-                fresh = now_ms - window.published_at < self._settings.late_snapshot_interval_ms
-                if window.published_cutoff < 0 or not fresh:
+                if window.published_cutoff < 0 or not self._is_fresh(start, client, now_ms):
                     due.append((start, client))
         return due
+
+    def _is_fresh(self, start: int, client: str, now_ms: int) -> bool:
+        """Too new a snapshot for another one, late events or not."""
+        return now_ms - self.windows[start, client].published_at < self._settings.late_snapshot_interval_ms
 
     def build_flush(self, now_ms: int) -> Flush | None:
         """Decide what to write; None when there is nothing.
@@ -330,7 +315,7 @@ class Meter:
                 changelog.append(self._window_record(start, client, window))
         snapshots = [self._publish(start, client, cutoff, now_ms) for start, client in due]
         changelog += [self._window_record(*key, self.windows[key]) for key in due]
-        changelog += self._evict()
+        changelog += self._evict(now_ms)
         flush = Flush(
             rows=[list(column) for column in zip(*self._rows, strict=True)],
             changelog=changelog,
@@ -366,18 +351,24 @@ class Meter:
         key = window_key(self.partition, start, client)
         return key, published_value(window.published_cutoff, window.last_offset)
 
-    def _evict(self) -> list[tuple[bytes, None]]:
-        """Forget closed windows that are published and older than what memory keeps."""
+    def _evict(self, now_ms: int) -> list[tuple[bytes, None]]:
+        """Forget closed windows that are published and older than what memory keeps.
+
+        Not one that was published a moment ago: forgotten, it would come back with the next late event and be
+        published at once, at no bounded cadence.
+        """
         forgotten: list[tuple[bytes, None]] = []
         for start in [s for s in self._clients_by_start if self._is_evictable(s)]:
-            unpublished = self._unpublished.get(start, set())
-            for client in self._clients_by_start[start] - unpublished:
+            kept = self._unpublished.get(start, set()) | {
+                client for client in self._clients_by_start[start] if self._is_fresh(start, client, now_ms)
+            }
+            for client in self._clients_by_start[start] - kept:
                 window = self.windows.pop((start, client))
                 forgotten += [
                     (aggregate_key(self.partition, start, client, sku), None) for sku in window.skus
                 ]
                 forgotten.append((window_key(self.partition, start, client), None))
-            self._clients_by_start[start] &= unpublished
+            self._clients_by_start[start] &= kept
             if not self._clients_by_start[start]:
                 del self._clients_by_start[start]
         return forgotten

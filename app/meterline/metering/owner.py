@@ -15,14 +15,15 @@ from meterline.domain.events import UsageEvent
 from meterline.domain.windows import WindowSnapshot
 from meterline.ledger import queries
 from meterline.ledger.reader import LedgerReader
+from meterline.ledger.tables import EVENT_COLUMNS, EVENTS
 from meterline.ledger.writer import LedgerWriter
 from meterline.logs import get_logger
 from meterline.metering.checks import check_log, check_windows, first_meta
-from meterline.metering.meter import EVENT_COLUMNS, DeadLetter, Flush, Meter
+from meterline.metering.meter import DeadLetter, Flush, Meter
 from meterline.metering.state import Meta, meta_key
 from meterline.metrics import (
     DEAD_LETTERS,
-    EVENTS,
+    EVENTS_TAKEN,
     FLUSH_STEP_SECONDS,
     WATERMARK_SECONDS,
     WINDOWS_OPEN,
@@ -144,7 +145,7 @@ class MeteringOwner(PartitionOwner):
         reached(Step.FLUSH_BUILT)
         if flush.rows:
             with FLUSH_STEP_SECONDS.labels("insert").time():
-                await self._tools.writer.insert("events", EVENT_COLUMNS, flush.rows)
+                await self._tools.writer.insert(EVENTS, EVENT_COLUMNS, flush.rows)
             reached(Step.ROWS_INSERTED)
         outputs = [self._window_output(snapshot) for snapshot in flush.snapshots]
         outputs += [self._dead_letter_output(dead) for dead in flush.dead_letters]
@@ -178,10 +179,10 @@ class MeteringOwner(PartitionOwner):
     # -- what people see
 
     def _count(self, flush: Flush) -> None:
-        EVENTS.labels("accepted").inc(len(flush.rows[0]) if flush.rows else 0)
-        EVENTS.labels("duplicate").inc(flush.duplicates)
-        EVENTS.labels("dead_letter").inc(len(flush.dead_letters))
-        EVENTS.labels("late").inc(flush.late)
+        EVENTS_TAKEN.labels("accepted").inc(len(flush.rows[0]) if flush.rows else 0)
+        EVENTS_TAKEN.labels("duplicate").inc(flush.duplicates)
+        EVENTS_TAKEN.labels("dead_letter").inc(len(flush.dead_letters))
+        EVENTS_TAKEN.labels("late").inc(flush.late)
         for dead in flush.dead_letters:
             DEAD_LETTERS.labels(dead.reason).inc()
         for snapshot in flush.snapshots:

@@ -14,6 +14,9 @@ from meterline.producer.errors import InvalidUsage
 
 __all__ = ["build_event", "require_valid"]
 
+ITEM_MAX = 2**63 - 1
+"""Programs in other languages make the same event id of it, and count in 64 bits."""
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 
@@ -52,8 +55,8 @@ def build_event(
     """
     _require_text(("client_id", "correlation_id", "sku", "source"), (client_id, correlation_id, sku, source))
     if event_id is None:
-        if isinstance(item, bool) or not isinstance(item, int) or item < 0:
-            raise InvalidUsage(f"item must be 0, 1, 2, ..., not {item!r}")
+        if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item <= ITEM_MAX:
+            raise InvalidUsage(f"item must be a whole number from 0 to {ITEM_MAX}, not {_shown(item)}")
         event_id = default_event_id(client_id, correlation_id, sku, item)
     else:
         _require_text(("event_id",), (event_id,))
@@ -125,6 +128,11 @@ def _text_attributes(attributes: Mapping[str, str]) -> dict[str, str]:
             raise InvalidUsage(f"attribute {key!r}: {value!r} must be a string; convert it first, with str()")
         _require_text(("attribute", "attribute"), (key, value))
     return dict(attributes)
+
+
+def _shown(item: object) -> str:
+    """Python refuses to write an integer of thousands of digits."""
+    return "a larger one" if isinstance(item, int) and item > ITEM_MAX else repr(item)
 
 
 def _milliseconds(moment: datetime) -> int:

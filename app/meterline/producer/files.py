@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
@@ -67,12 +67,10 @@ class UsageFile:
         Raises:
             UserError: the file as a whole is not what it should be.
         """
-        if not self.size:
-            raise UserError(f"{self.name} is empty")
         return self._csv_rows() if self._format is FileFormat.CSV else self._json_rows()
 
     def _lines(self) -> Iterator[str]:
-        """Text of each line. A byte that is not UTF-8 becomes a lone surrogate: its row is found bad later."""
+        """Text of each line. A byte that is not UTF-8 becomes a lone surrogate: its row is bad later."""
         self._stream.seek(0)
         self.position = 0
         number = 0
@@ -96,32 +94,40 @@ class UsageFile:
             try:
                 cells = next(reader)
             except StopIteration:
+                if not header:
+                    self._refuse_empty()
                 return
             except csv.Error as error:
                 if not header:
                     self._refuse_header(str(error))
-                yield Row(line, problem=f"not CSV: {error}")
+                yield Row(line, problem=f"not CSV{_up_to(line, reader.line_num)}: {error}")
                 continue
             if not cells:
                 continue
             if not header:
-                header = [cell.strip() for cell in cells]
+                header = cells
                 try:
                     require_columns(header)
                 except UserError as error:
                     self._refuse_header(str(error))
             elif len(cells) != len(header):
-                yield Row(line, problem=f"{len(cells)} cells where the header has {len(header)}")
+                span = _up_to(line, reader.line_num)
+                yield Row(line, problem=f"{len(cells)} cells{span} where the header has {len(header)}")
             else:
                 yield Row(line, dict(zip(header, cells, strict=True)))
 
     def _refuse_header(self, problem: str) -> NoReturn:
         raise UserError(f"{self.name}, header: {problem}") from None
 
+    def _refuse_empty(self) -> NoReturn:
+        raise UserError(f"{self.name} is empty")
+
     def _json_rows(self) -> Iterator[Row]:
+        is_empty = True
         for number, text in enumerate(self._lines(), 1):
             if not text.strip():
                 continue
+            is_empty = False
             try:
                 columns = json.loads(
                     text,
@@ -136,14 +142,17 @@ class UsageFile:
                 yield Row(number, columns)
             else:
                 yield Row(number, problem="not a JSON object")
+        if is_empty:
+            self._refuse_empty()
 
 
 @contextmanager
-def open_usage_file(name: str, file_format: FileFormat | None, stdin: BinaryIO) -> Iterator[UsageFile]:
-    """Open a file by its name; `-` is standard input, which is first copied to disk: it is read twice.
+def open_usage_file(name: str, file_format: FileFormat | None, stdin: BinaryIO | None) -> Iterator[UsageFile]:
+    """Open a file by its name; `-` is standard input. A pipe is first copied to disk: it is read twice.
 
     Args:
         file_format: None: by the suffix .csv, .jsonl or .ndjson.
+        stdin: None: the process has none.
 
     Raises:
         UserError: it cannot be opened, or its format is not known.
@@ -154,14 +163,23 @@ def open_usage_file(name: str, file_format: FileFormat | None, stdin: BinaryIO) 
             f"the format of {name!r} is not known by its name (.csv, .jsonl, .ndjson); give --format csv or "
             "--format jsonl"
         )
-    try:
-        stream = tempfile.TemporaryFile() if name == "-" else Path(name).open("rb")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror}") from None
-    with stream:
-        if name == "-":
-            shutil.copyfileobj(stdin, stream)
+    with ExitStack() as opened:
+        try:
+            stream = stdin if name == "-" else opened.enter_context(Path(name).open("rb"))
+            if stream is None:
+                raise UserError("there is no standard input to read")
+            if name == "-" or not stream.seekable():
+                copy = opened.enter_context(tempfile.TemporaryFile())
+                shutil.copyfileobj(stream, copy)
+                stream = copy
+        except OSError as error:
+            raise UserError(f"{name} cannot be read: {error.strerror}") from None
         yield UsageFile("standard input" if name == "-" else name, stream, found)
+
+
+def _up_to(line: int, last_line: int) -> str:
+    """Which lines a bad row took along: an open quote takes many."""
+    return f" up to line {last_line}" if last_line > line else ""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

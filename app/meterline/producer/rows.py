@@ -31,6 +31,9 @@ ATTRIBUTE_PREFIX = "attributes."
 EPOCH_MS_MIN = 10**11
 """Milliseconds since 1970 reach this in March 1973; a smaller number is a time in seconds, or a date."""
 
+DIGITS_MAX = 19
+"""Those of the largest 64-bit integer: no item and no time has more."""
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
@@ -85,7 +88,12 @@ def event_of_row(columns: Mapping[str, Any], now_ms: int) -> UsageEvent:
 
 def _item(value: object) -> Any:
     """An int where a text says one; anything else is left for the event's own check."""
-    return int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
+    return int(value) if isinstance(value, str) and _is_whole(value) else value
+
+
+def _is_whole(text: str) -> bool:
+    """Digits, and not so many of them that Python refuses to count them."""
+    return text.isascii() and text.isdecimal() and len(text) <= DIGITS_MAX
 
 
 def _truth(value: object) -> Any:
@@ -93,7 +101,7 @@ def _truth(value: object) -> Any:
 
 
 def _moment(value: object) -> datetime:
-    if isinstance(value, str) and not (value.isascii() and value.isdecimal()):
+    if isinstance(value, str) and not _is_whole(value):
         try:
             return datetime.fromisoformat(value)
         except ValueError:
@@ -120,6 +128,7 @@ def _attributes(given: Mapping[str, Any]) -> dict[str, str]:
             raise InvalidUsage(f"attributes is not a JSON object: {error}") from None
     if not isinstance(value, dict):
         raise InvalidUsage("attributes is not a JSON object")
+    value = dict(value)
     for name, text in given.items():
         if name.startswith(ATTRIBUTE_PREFIX):
             key = name.removeprefix(ATTRIBUTE_PREFIX)

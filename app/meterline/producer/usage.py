@@ -29,9 +29,9 @@ from meterline.settings import Settings, load_settings
 __all__ = ["UsageProducer"]
 
 RECORD_BYTES_MAX = 512 * 1024 - 1024
-"""The contract of usage.events is 512 KiB; the broker counts the framing of the batch around the record, too."""
+"""The contract of usage.events is 512 KiB, and the broker counts the framing of the batch around it too."""
 BATCH_BYTES_MAX = 256 * 1024
-"""The broker holds the whole batch, unpacked, against the record limit; beyond this size nothing is gained."""
+"""The broker holds the whole unpacked batch against the record limit; a larger one would gain nothing."""
 QUEUE_EVENTS_MAX = 100_000
 """About one second of the fastest publishing: enough to ride out a leader election without blocking."""
 QUEUE_KIB_MAX = 64 * 1024
@@ -44,6 +44,9 @@ FLUSH_TIMEOUT_S = 30.0
 """Within Kubernetes' default grace between SIGTERM and SIGKILL."""
 POLL_S = 0.1
 """Longest wait inside librdkafka, which Python's signal handlers cannot interrupt."""
+
+ANSWER_S = 2.0
+"""Wait for one answer about the topics: a broker far away takes less, and Ctrl-C is not kept longer."""
 
 OnDelivery = Callable[[str, Exception | None], None]
 
@@ -194,20 +197,14 @@ class UsageProducer:
         """Events Kafka has acknowledged so far."""
         return self._acknowledged
 
-    def check(self, timeout_s: float = 10.0) -> None:
+    def check(self, timeout_s: float = 5.0) -> None:
         """Ask whether Kafka answers and has the topic, for programs that want to know before they start.
 
         Raises:
             RetryLater: no answer within `timeout_s`.
             UserError: the topic does not exist.
         """
-        try:
-            topics = self._producer.list_topics(timeout=timeout_s).topics
-        except KafkaException:
-            raise RetryLater(
-                f"Kafka does not answer at {self._servers}{self._trouble}. Start the local stack with "
-                "`meterline up`, or set METERLINE_KAFKA__BOOTSTRAP_SERVERS."
-            ) from None
+        topics = self._topics(timeout_s)
         if USAGE_EVENTS not in topics:
             raise UserError(
                 f"Kafka at {self._servers} has no topic {USAGE_EVENTS}. Create the topics with "
@@ -221,6 +218,7 @@ class UsageProducer:
             DeliveryFailed: events were given up.
             RetryLater: some are still being tried after `timeout_s`.
         """
+        self._require_own_process()
         waiting = self._drain(timeout_s)
         with self._lock:
             self._raise_trouble()
@@ -233,9 +231,13 @@ class UsageProducer:
     def close(self, timeout_s: float = FLUSH_TIMEOUT_S) -> None:
         """Wait until every queued event is acknowledged, give up the rest, and stop. Again: does nothing.
 
+        After a fork the child's close does nothing either: the queue is the parent's.
+
         Raises:
             DeliveryFailed: with the events that were given up, now or earlier.
         """
+        if os.getpid() != self._process_id:
+            return
         with self._lock:
             if self._closed:
                 return
@@ -287,8 +289,10 @@ class UsageProducer:
 
     def _queue(self, event: UsageEvent, key: bytes, value: bytes, report: Callable[..., None]) -> bool:
         """Hand one event to librdkafka; False: no room now."""
+        self._require_own_process()
         with self._lock:
-            self._require_usable()
+            if self._closed:
+                raise UserError("this UsageProducer is closed; create another one")
             self._raise_trouble()
             is_new = self._recent.note(event)
             try:
@@ -306,9 +310,8 @@ class UsageProducer:
                 raise
         return True
 
-    def _require_usable(self) -> None:
-        if self._closed:
-            raise UserError("this UsageProducer is closed; create another one")
+    def _require_own_process(self) -> None:
+        """Asked before the lock is taken: a lock that was held at the fork is never released in the child."""
         if os.getpid() != self._process_id:
             raise UserError(
                 "this UsageProducer was created before a fork and cannot send from the new process; "
@@ -323,6 +326,20 @@ class UsageProducer:
         if self._broken is not None:
             broken, self._broken = self._broken, None
             raise broken
+
+    def _topics(self, timeout_s: float) -> Any:
+        """Asked in slices that let signals through, until Kafka answers."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return self._producer.list_topics(timeout=min(ANSWER_S, timeout_s)).topics
+            except KafkaException:
+                if time.monotonic() < deadline:
+                    continue
+                raise RetryLater(
+                    f"Kafka does not answer at {self._servers}{self._trouble}. Start the local stack with "
+                    "`meterline up`, or set METERLINE_KAFKA__BOOTSTRAP_SERVERS."
+                ) from None
 
     def _drain(self, timeout_s: float) -> int:
         """Wait for the queue to empty, in slices that let signals through; how many are left."""
@@ -356,5 +373,4 @@ class UsageProducer:
 
     def _close_at_exit(self) -> None:
         """A program that ends without close() must not lose what it queued."""
-        if os.getpid() == self._process_id:
-            self.close()
+        self.close()

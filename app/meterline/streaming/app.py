@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import tempfile
 import threading
 import time
@@ -200,7 +201,8 @@ def _add_pages(app: WorkerApp) -> None:
 
     @app.page("/metrics")
     async def metrics(view: Any, _request: Any) -> Any:
-        return view.bytes(generate_latest(), content_type=CONTENT_TYPE_LATEST)
+        # As a header: aiohttp refuses a charset in `content_type`.
+        return view.bytes(generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 def run_worker(app: WorkerApp, log_level: str = "info") -> None:
@@ -210,6 +212,8 @@ def run_worker(app: WorkerApp, log_level: str = "info") -> None:
         UserError: a topic is missing or has the wrong partition count, or the web port is taken.
     """
     configure_logs(log_level)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_no_lifecycle_chatter)
     partition_counts(app.plan, app.kafka)
     _check_port_is_free(app.conf.web_bind, app.conf.web_port)
     log.info(
@@ -217,6 +221,11 @@ def run_worker(app: WorkerApp, log_level: str = "info") -> None:
     )
     threading.current_thread().name = app.plan.name
     faust.Worker(app, loglevel=log_level, override_logging=False, quiet=True).execute_from_commandline()
+
+
+def _is_no_lifecycle_chatter(record: logging.LogRecord) -> bool:
+    """Faust's services log each start and stop under our modules' names, marked [^."""
+    return record.levelno >= logging.WARNING or not str(record.msg).startswith("[^")
 
 
 def _check_port_is_free(host: str, port: int) -> None:

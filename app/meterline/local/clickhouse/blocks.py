@@ -8,7 +8,7 @@ from io import BytesIO
 from meterline.local.clickhouse.columns import column
 from meterline.local.clickhouse.wire import WireReader, string, varint
 
-__all__ = ["header_block", "skip_block", "split_blocks"]
+__all__ = ["header_block", "header_of", "skip_block", "split_blocks"]
 
 
 def skip_block(reader: WireReader) -> int:
@@ -35,6 +35,21 @@ def split_blocks(data: bytes) -> Iterator[bytes]:
         skip_block(reader)
         yield reader.since(end)
         end = reader.mark()
+
+
+def header_of(block: bytes) -> bytes:
+    """The block of no rows that tells the names and types of another one."""
+    reader = WireReader(BytesIO(block).read)
+    columns, rows = reader.varint(), reader.varint()
+    described = []
+    for _ in range(columns):
+        name, type_name = reader.string(), reader.string()
+        described.append((name, type_name))
+        if rows:
+            layout = column(type_name)
+            layout.skip_prefix(reader)
+            layout.skip(reader, rows)
+    return header_block(described)
 
 
 def header_block(columns: Sequence[tuple[str, str]]) -> bytes:

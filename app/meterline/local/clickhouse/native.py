@@ -10,7 +10,7 @@ import re
 import socket
 from dataclasses import dataclass
 
-from meterline.local.clickhouse.blocks import header_block, skip_block, split_blocks
+from meterline.local.clickhouse.blocks import header_block, header_of, skip_block, split_blocks
 from meterline.local.clickhouse.columns import UnknownTypeError
 from meterline.local.clickhouse.engine import EngineError, Session
 from meterline.local.clickhouse.watcher import Watcher
@@ -129,16 +129,15 @@ class Client:
         elif SELECT.match(sql):
             self._select(sql)
         else:
-            for block in split_blocks(self._session.query(sql)):
+            blocks = list(split_blocks(self._session.query(sql)))
+            for block in [header_of(block) for block in blocks[:1]] + blocks:
                 self._send_block(block)
 
     def _select(self, sql: str) -> None:
-        empty = True
+        """As from a server, names and types come first, in a block without rows."""
+        self._send_block(header_block(self._session.header(f"({sql.strip().rstrip(';')})")))
         for block in self._session.stream(sql):
             self._send_block(block)
-            empty = False
-        if empty:  # names and types are sent all the same
-            self._send_block(header_block(self._session.header(f"({sql.strip().rstrip(';')})")))
 
     def _insert(self, parsed: re.Match[str]) -> None:
         """Send the header, receive blocks until the empty one, hand them to the engine as they are."""

@@ -1,0 +1,211 @@
+"""The two processes under test: started, told apart from their start-up, measured, stopped."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from confluent_kafka import Consumer, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
+from prometheus_client.parser import text_string_to_metric_families
+from tests.bench.workload import PARTITIONS, WARM_UP_EVENTS, WINDOW_LENGTH_MS, Workload
+
+from meterline.contracts.topics import USAGE_EVENTS
+from meterline.local.ports import HOST
+
+START_TIMEOUT_S = 60.0
+RUN_TIMEOUT_S = 180.0
+POLL_INTERVAL_S = 0.1
+"""An event's fate is looked up this often: at most so much idle time is counted."""
+STOP_TIMEOUT_S = 20.0
+LOG_TAIL_LINES = 20
+
+
+class BenchError(Exception):
+    """The measurement could not be made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One run of one process.
+
+    Attributes:
+        events: how many were counted between the two looks at the clock.
+        cpu_s: user and system time of the process, all its threads.
+        wall_s: includes publishing, which runs at the same time.
+    """
+
+    events: int
+    cpu_s: float
+    wall_s: float
+
+    @property
+    def cpu_s_per_million(self) -> float:
+        return self.cpu_s / self.events * 1_000_000
+
+    @property
+    def events_per_s(self) -> float:
+        return self.events / self.wall_s
+
+
+class Worker:
+    """A started process and its log."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log_file: Path) -> None:
+        self._process = process
+        self._log_file = log_file
+
+    def cpu_s(self) -> float:
+        """User and system time so far, all threads."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return times.user + times.system
+
+    def wait(self, accounted: Callable[[], int], wanted: int, timeout_s: float) -> None:
+        """Until so many events are accounted for.
+
+        Raises:
+            BenchError: the process ended, or takes too long.
+        """
+        deadline = time.monotonic() + timeout_s
+        while (seen := accounted()) < wanted:
+            if self._process.poll() is not None:
+                raise BenchError(f"a worker ended at {seen} of {wanted} events. {self._tail()}")
+            if time.monotonic() > deadline:
+                raise BenchError(f"{seen} of {wanted} events after {timeout_s:.0f} s. {self._tail()}")
+            time.sleep(POLL_INTERVAL_S)
+
+    def _tail(self) -> str:
+        lines = self._log_file.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return "Its log says:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def measure_ours(
+    work: Workload, bootstrap: str, environment: Mapping[str, str], web_port: int, log_file: Path
+) -> Measurement:
+    """Run `meterline worker metering` through the events, until every one is committed."""
+    command = [str(Path(sys.executable).with_name("meterline")), "worker", "metering"]
+    with _started([*command, "--web-port", str(web_port)], environment, log_file) as worker:
+        return _measure(worker, work, bootstrap, USAGE_EVENTS, lambda: _events_of_worker(web_port))
+
+
+def measure_stock(work: Workload, bootstrap: str, name: str, log_file: Path) -> Measurement:
+    """Run the stock idiom through the events, until the changelog has the last change."""
+    changelog = stock_changelog(name)
+    _create_topics(bootstrap, name, changelog)
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("stock_faust.py")),
+        "worker",
+        "-l",
+        "warn",
+        "--without-web",
+    ]
+    environment = {
+        "BENCH_STOCK_NAME": name,
+        "BENCH_STOCK_BROKER": bootstrap,
+        "BENCH_STOCK_PARTITIONS": str(PARTITIONS),
+        "BENCH_STOCK_WINDOW_S": str(WINDOW_LENGTH_MS / 1000),
+        "BENCH_STOCK_DATA_DIR": str(log_file.parent / name),
+    }
+    watcher = Consumer({"bootstrap.servers": bootstrap, "group.id": f"{name}-watcher"})
+    try:
+        with _started(command, environment, log_file) as worker:
+            return _measure(worker, work, bootstrap, name, lambda: _records(watcher, changelog))
+    finally:
+        watcher.close()
+
+
+def stock_changelog(name: str) -> str:
+    """The topic of the stock worker's table, as Faust names it."""
+    return f"{name}-totals-changelog"
+
+
+def _measure(
+    worker: Worker, work: Workload, bootstrap: str, topic: str, accounted: Callable[[], int]
+) -> Measurement:
+    producer = Producer(
+        {
+            "bootstrap.servers": bootstrap,
+            "partitioner": "murmur2",
+            "enable.idempotence": True,
+            "linger.ms": 20,
+            "batch.size": 262_144,
+            "queue.buffering.max.messages": 1_000_000,
+            "log_level": 0,
+        }
+    )
+    work.publish(producer, topic, slice(0, WARM_UP_EVENTS))
+    worker.wait(accounted, WARM_UP_EVENTS, START_TIMEOUT_S)
+    clock, cpu_s = time.monotonic(), worker.cpu_s()
+    work.publish(producer, topic, slice(WARM_UP_EVENTS, None))
+    worker.wait(accounted, len(work.messages), RUN_TIMEOUT_S)
+    counted = len(work.messages) - WARM_UP_EVENTS
+    return Measurement(counted, worker.cpu_s() - cpu_s, time.monotonic() - clock)
+
+
+def _events_of_worker(web_port: int) -> int:
+    """Accepted, duplicate or dead: every event that a committed flush accounts for."""
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{web_port}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+    except urllib.error.HTTPError as error:
+        raise BenchError(f"the worker's metrics page answers {error.code}") from error
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return 0  # not listening yet; a worker that ended is noticed by its process
+    return sum(
+        int(sample.value)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "meterline_events_total"
+        and sample.labels["disposition"] in {"accepted", "duplicate", "dead_letter"}
+    )
+
+
+def _records(watcher: Consumer, topic: str) -> int:
+    """Records in a topic: one for each change of the stock table, so one for each event."""
+    partitions = [TopicPartition(topic, number) for number in range(PARTITIONS)]
+    ranges = [watcher.get_watermark_offsets(partition, timeout=10) for partition in partitions]
+    return sum(end - start for start, end in ranges)
+
+
+def _create_topics(bootstrap: str, source: str, changelog: str) -> None:
+    """The source keeps the producer's time stamps: the stock window takes its time from them."""
+    admin = AdminClient({"bootstrap.servers": bootstrap})
+    topics = [
+        NewTopic(source, PARTITIONS, 1, config={"message.timestamp.type": "CreateTime"}),
+        NewTopic(changelog, PARTITIONS, 1, config={"cleanup.policy": "compact"}),
+    ]
+    for created in admin.create_topics(topics).values():
+        created.result(30)
+
+
+@contextmanager
+def _started(command: list[str], environment: Mapping[str, str], log_file: Path) -> Iterator[Worker]:
+    """A process of its own session, so that a Ctrl-C is ours to handle; always stopped."""
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+    try:
+        yield Worker(process, log_file)
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

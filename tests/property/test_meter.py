@@ -1,0 +1,302 @@
+"""The meter against a naive one-pass model: same log, same money, whatever the chunks and crashes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import NamedTuple
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from meterline.domain.dedupe import DedupeIndex
+from meterline.domain.events import Correction, CorrectionKind, UsageEvent, identity_hash, payload_digest
+from meterline.domain.reasons import Reason
+from meterline.domain.windows import SkuTotal
+from meterline.errors import DeadLetterError
+from meterline.ledger.tables import EVENT_COLUMNS
+from meterline.metering.checks import check_windows
+from meterline.metering.meter import Meter
+from meterline.metering.state import Counters, Meta, meta_key
+from meterline.settings import MeteringSettings
+
+LENGTH, HORIZON, START, FIRST = 1_000, 60_000, 10_000_000, 5
+FIVE_MINUTES = 300_000
+COLUMN = {name: number for number, name in enumerate(EVENT_COLUMNS)}
+CORRECTS = Correction("e0", CorrectionKind.AMEND, "topic", 0, 1)
+
+
+class Record(NamedTuple):
+    offset: int
+    timestamp: int
+    value: UsageEvent | None
+
+
+def decode(value):
+    if value is None:
+        raise DeadLetterError(Reason.UNDECODABLE, "no event")
+    return value
+
+
+# -- logs
+
+drafts = st.tuples(
+    st.sampled_from([0, 0, 0, 1, 2]),  # offsets without a record before this one
+    st.sampled_from([0, 1, 100, 1_000, 5_000, 31_000, HORIZON, HORIZON + 1, -5_000, -40_000]),
+    st.sampled_from([0, 0, -300, -1_000, -3_500, -20_000, -90_000, FIVE_MINUTES, FIVE_MINUTES + 1]),
+    st.sampled_from("ab"),
+    st.integers(0, 5),
+    st.sampled_from("xy"),
+    st.sampled_from([0, 1, 1, 1, 7, -3]),
+    st.booleans(),
+    st.sampled_from([None, None, CORRECTS]),
+    st.sampled_from([False] * 9 + [True]),
+)
+
+
+@st.composite
+def logs(draw):
+    """Records of one partition; the broker's clock may step back, but by less than the horizon."""
+    offset, clock, newest, log = FIRST - 1, START, START, []
+    for gap, step, lag, client, number, sku, credits_micro, billable, corrects, broken in draw(
+        st.lists(drafts, max_size=30)
+    ):
+        offset += 1 + gap
+        clock = max(clock + step, newest - HORIZON + 1)
+        newest = max(newest, clock)
+        event = UsageEvent(
+            f"e{number}",
+            client,
+            "task",
+            sku,
+            credits_micro,
+            clock + lag,
+            billable=billable,
+            corrects=corrects,
+        )
+        log.append(Record(offset, clock, None if broken else event))
+    return log
+
+
+# -- the model: one pass, everything recomputed from the records accepted so far
+
+
+class Model:
+    def __init__(self, log):
+        self.accepted, self.dead, self.duplicates = {}, {}, 0
+        newest = 0
+        for record in log:
+            newest = max(newest, record.timestamp)
+            fate = self._fate(record, newest)
+            if fate is None:
+                self.accepted[record.offset] = record
+            elif fate == "duplicate":
+                self.duplicates += 1
+            else:
+                self.dead[record.offset] = fate
+
+    def _fate(self, record, newest):
+        event = record.value
+        if event is None:
+            return Reason.UNDECODABLE
+        if event.credits_micro < 0 and event.corrects is None:
+            return Reason.NEGATIVE_CREDITS
+        if event.occurred_at - record.timestamp > FIVE_MINUTES:
+            return Reason.TIME_IN_FUTURE
+        copies = [
+            (old.timestamp, self._payload(old.value))
+            for old in self.accepted.values()
+            if (old.value.client_id, old.value.event_id) == (event.client_id, event.event_id)
+        ]
+        if not copies or newest - copies[-1][0] > HORIZON:
+            return None
+        return "duplicate" if copies[-1][1] == self._payload(event) else Reason.CONFLICT
+
+    @staticmethod
+    def _payload(event):
+        return (event.client_id, event.sku, event.credits_micro, event.billable, event.corrects)
+
+    def windows(self, cutoff):
+        totals = defaultdict(dict)
+        for offset, record in self.accepted.items():
+            if offset <= cutoff:
+                event = record.value
+                skus = totals[event.occurred_at // LENGTH * LENGTH, event.client_id]
+                old = skus.get(event.sku, SkuTotal())
+                paid, free = int(event.billable), int(not event.billable)
+                skus[event.sku] = SkuTotal(
+                    old.count + paid,
+                    old.credits_micro + paid * event.credits_micro,
+                    old.free_count + free,
+                    old.free_credits_micro + free * event.credits_micro,
+                )
+        return dict(totals)
+
+
+# -- a worker around the meter: what the ledger and the broker would hold
+
+
+class Worker:
+    def __init__(self, log, options):
+        self.log, self.options = log, options
+        self.ledger, self.dead, self.snapshots = {}, {}, []
+        self.duplicates, self.now = 0, START
+        meta = Meta("cluster", "topic", FIRST - 1, 0, 0, LENGTH, Counters(first_offset=FIRST))
+        self.state = {meta_key(0): meta.to_bytes()}
+        self.restart(options)
+
+    def restart(self, options):
+        meta = Meta.from_bytes(self.state[meta_key(0)])
+        seen = DedupeIndex(HORIZON)
+        rows = [
+            row
+            for offset, row in self.ledger.items()
+            if offset <= meta.applied_offset and row[COLUMN["appended_at"]] >= meta.appended_at - HORIZON
+        ]
+        names = ("identity_hash", "payload_digest", "appended_at")
+        seen.add_all(*([row[COLUMN[name]] for row in rows] for name in names))
+        self.meter = Meter(0, options, decode, meta, seen)
+        self.meter.restore(self.state)
+        sums = {
+            (start, client, sku): total
+            for (start, client), skus in self.sums(meta.applied_offset).items()
+            for sku, total in skus.items()
+        }
+        check_windows(self.meter.kept_totals(), sums, meta, 0)
+
+    def sums(self, cutoff):
+        """What the ledger's own rows say."""
+        fake = Model([])
+        for offset, row in self.ledger.items():
+            names = ("event_id", "client_id", "correlation_id", "sku", "credits_micro", "occurred_at")
+            event = UsageEvent(*(row[COLUMN[name]] for name in names), billable=row[COLUMN["billable"]])
+            fake.accepted[offset] = Record(offset, 0, event)
+        return fake.windows(cutoff)
+
+    def take(self, count):
+        todo = [record for record in self.log if record.offset >= self.meter.next_offset]
+        self.meter.take(todo[:count])
+        return len(todo) > count
+
+    def build(self):
+        applied = self.meter.meta.applied_offset
+        for ref in self.meter.windows_lacking_past():
+            self.meter.add_past(ref, self.sums(applied).get((ref.start, ref.client_id), {}))
+        flush = self.meter.build_flush(self.now)
+        if flush is not None:
+            for row in zip(*flush.rows, strict=True):
+                offset = row[COLUMN["offset"]]
+                assert self.ledger.setdefault(offset, row) == row, "a row is a pure function of its record"
+        return flush
+
+    def commit(self, flush):
+        if flush is None:
+            return
+        for key, value in flush.changelog:
+            if value is None:
+                self.state.pop(key, None)
+            else:
+                self.state[key] = value
+        self.meter.committed(flush)
+        assert Meta.from_bytes(self.state[meta_key(0)]) == flush.meta
+        counters = flush.meta.counters
+        assert flush.meta.applied_offset - FIRST + 1 == (
+            counters.accepted + counters.duplicates + counters.dead_letters + counters.skipped
+        )
+        self.snapshots += flush.snapshots
+        self.duplicates += flush.duplicates
+        for dead in flush.dead_letters:
+            assert dead.record.offset not in self.dead
+            self.dead[dead.record.offset] = dead.reason
+
+
+options_of_a_worker = st.builds(
+    MeteringSettings,
+    window_length_ms=st.just(LENGTH),
+    dedupe_horizon_ms=st.just(HORIZON),
+    allowed_lateness_ms=st.sampled_from([0, 500]),
+    grace_ms=st.sampled_from([0, 700, 5_000]),
+    keep_closed_windows_ms=st.sampled_from([0, 2_000, 10**9]),
+    late_snapshot_interval_ms=st.sampled_from([0, 3_000]),
+)
+steps = st.lists(
+    st.tuples(
+        st.integers(0, 6),
+        st.sampled_from(["take", "flush", "flush", "feed in a flush", "idle", "crash", "lost flush"]),
+        st.sampled_from([0, 1_000, 4_000]),
+        options_of_a_worker,
+    ),
+    max_size=16,
+)
+
+
+def run(worker, plan):
+    for count, step, pause, options in plan:
+        worker.now += pause
+        worker.take(count)
+        if step == "flush":
+            worker.commit(worker.build())
+        elif step == "feed in a flush":
+            flush = worker.build()
+            worker.take(count)
+            worker.commit(flush)
+        elif step == "idle":
+            worker.meter.advance_watermark(START + pause * 10)
+            worker.commit(worker.build())
+        elif step == "crash":
+            worker.restart(options)
+        elif step == "lost flush":
+            worker.build()
+            worker.restart(options)
+    worker.take(len(worker.log))
+    worker.commit(worker.build())
+    worker.meter.advance_watermark(2**41)
+    worker.now += 10_000
+    worker.commit(worker.build())
+
+
+def row_of(record):
+    """The ledger's columns are the record's fields and its place in the log, nothing of the worker."""
+    event = record.value
+    return (
+        *("topic", 0, record.offset, record.timestamp),
+        *event[:10],
+        *(event.corrects or ("", "", "", 0, 0)),
+        identity_hash(event.client_id, event.event_id),
+        payload_digest(event),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(logs(), options_of_a_worker, steps)
+def test_everything_that_is_said_is_a_function_of_the_log(log, options, plan):
+    """Invariants 1 to 4: ledger, dead letters, counters and windows are the model's, whatever happened."""
+    model = Model(log)
+    worker = Worker(log, options)
+    run(worker, plan)
+
+    assert {offset: row_of(record) for offset, record in model.accepted.items()} == worker.ledger
+    assert model.dead == worker.dead
+    assert model.duplicates == worker.duplicates
+    latest = {}
+    for snapshot in worker.snapshots:
+        key = (snapshot.ref.start, snapshot.ref.client_id)
+        assert model.windows(snapshot.cutoff_offset)[key] == snapshot.skus, "a snapshot is true for ever"
+        assert key not in latest or latest[key][0] < snapshot.cutoff_offset, "said twice"
+        latest[key] = (snapshot.cutoff_offset, snapshot.skus)
+    assert model.windows(2**63) == {key: skus for key, (_, skus) in latest.items()}
+
+
+@settings(max_examples=60, deadline=None)
+@given(logs(), options_of_a_worker, st.data())
+def test_a_moving_watermark_changes_no_total(log, options, data):
+    """Wall time on an idle partition closes windows earlier and changes nothing they say."""
+    worker = Worker(log, options)
+    while worker.take(1):
+        totals = worker.meter.kept_totals()
+        worker.meter.advance_watermark(START + data.draw(st.integers(-10_000, 10**7)))
+        assert totals == worker.meter.kept_totals()
+    run(worker, [])
+
+    assert Model(log).windows(2**63) == {
+        (snapshot.ref.start, snapshot.ref.client_id): snapshot.skus for snapshot in worker.snapshots
+    }
