@@ -6,7 +6,6 @@ import signal
 import uuid
 
 import pytest
-
 from tests.stacks import chosen_kind, running_stack
 
 

@@ -130,8 +130,8 @@ class Bench:
 
 
 def bench(
-    events: Annotated[int, typer.Option(min=EVENTS_MIN, help="Events of a run of ours.")] = 300_000,
-    stock_events: Annotated[int, typer.Option(min=EVENTS_MIN, help="Events of a stock run.")] = 16_000,
+    events: Annotated[int, typer.Option(min=EVENTS_MIN, help="Events of a run of ours.")] = 200_000,
+    stock_events: Annotated[int, typer.Option(min=EVENTS_MIN, help="Events of a stock run.")] = 12_000,
     *,
     rounds: Annotated[int, typer.Option(min=1, max=20, help="Runs of each; they alternate.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -156,6 +156,35 @@ def test_an_ended_window_asks_the_ledger_also_when_windows_are_kept_longer_now(p
     assert [ref.start for ref in partition.meter.windows_lacking_past()] == [T0]
 
 
+def test_a_window_that_came_back_is_whole_in_the_state(partition):
+    """The past that was added is committed with it: a restart must not find the new events alone."""
+    now = 10 * CADENCE
+    partition.take(T0)
+    partition.take(T0 + KEEP + LENGTH)
+    partition.flush(now)
+    partition.take(T0 + KEEP + LENGTH)
+    partition.flush(now + CADENCE)
+    partition.take(T0)
+    (ref,) = partition.meter.windows_lacking_past()
+    partition.meter.add_past(ref, {"gpu": SkuTotal(1, 1), "cpu": SkuTotal(1, 7)})
+    partition.flush(now + CADENCE)
+
+    partition.restart()
+
+    kept = partition.meter.kept_totals()
+    assert (SkuTotal(2, 2), SkuTotal(1, 7)) == (kept[T0, "acme", "gpu"], kept[T0, "acme", "cpu"])
+
+
+def test_a_snapshot_is_not_changed_by_what_comes_after_it(partition):
+    """It may still wait for its transaction while the next events are folded in."""
+    partition.take(T0)
+    partition.take(T0 + LENGTH)
+    flush = partition.flush(10 * CADENCE)
+    partition.take(T0)
+
+    assert flush.snapshots[0].skus == {"gpu": SkuTotal(1, 1)}
+
+
 def test_wall_time_closes_a_window_when_nothing_is_pending(partition):
     """The flush says where the partition stands: same offset, same counters, the new watermark."""
     partition.take(T0)

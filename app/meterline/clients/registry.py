@@ -141,7 +141,7 @@ class ClientRegistry:
         deadline = time.monotonic() + timeout_s
         with self._progress:
             self._require_following()
-        ends = {partition: self._end_offset(partition, timeout_s) for partition in self._reached}
+        ends = self._end_offsets(timeout_s)
         with self._progress:
             while any(self._reached[partition] < end for partition, end in ends.items()):
                 self._require_following()
@@ -216,12 +216,25 @@ class ClientRegistry:
             )
         return list(topics[CLIENTS].partitions)
 
-    def _end_offset(self, partition: int, timeout_s: float) -> int:
-        """Where the committed part of the log ends (the last stable offset)."""
+    def _end_offsets(self, timeout_s: float) -> dict[int, int]:
+        """Where the committed part of each partition ends (the last stable offset).
+
+        Asked by a client of its own: beside another thread's `consume` the question is never answered.
+        """
+        asker = self._new_client(
+            Consumer, {"group.id": "meterline-clients-reader", "isolation.level": "read_committed"}
+        )
         try:
-            return int(self._consumer.get_watermark_offsets(TopicPartition(CLIENTS, partition), timeout_s)[1])
+            return {
+                partition: int(
+                    asker.get_watermark_offsets(TopicPartition(CLIENTS, partition), timeout=timeout_s)[1]
+                )
+                for partition in self._reached
+            }
         except KafkaException as error:
             raise RetryLater(f"Kafka does not say where {CLIENTS} ends: {error}") from None
+        finally:
+            asker.close()
 
     def _require_following(self) -> None:
         if self._failure is not None:

@@ -150,8 +150,7 @@ class Client:
         self._send_block(header_block([(name, types[name]) for name in names]))
         blocks = list(iter(self._receive_block, b""))
         if blocks:
-            columns = ", ".join(f"`{name}`" for name in names)
-            self._session.insert(f"INSERT INTO {table} ({columns})", blocks)
+            self._session.insert(table, [(name, types[name]) for name in names], blocks)
 
     def _read_query(self) -> Query:
         reader = self._reader
