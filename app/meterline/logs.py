@@ -35,7 +35,7 @@ def configure_logs(level: str = "info") -> None:
         structlog.stdlib.ProcessorFormatter(foreign_pre_chain=_SHARED, processors=[*steps, renderer])
     )
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for noisy in ("aiokafka", "faust", "mode"):
+    for noisy in ("aiokafka", "faust", "mode", "stripe"):
         logging.getLogger(noisy).setLevel(max(logging.getLevelName(level.upper()), logging.WARNING))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from prometheus_client import Counter, Gauge, Histogram
 
 __all__ = [
+    "COMMITS",
     "DEAD_LETTERS",
     "EVENTS_TAKEN",
     "FLUSH_STEP_SECONDS",
@@ -36,6 +37,7 @@ FLUSH_STEP_SECONDS = Histogram(
     ["step"],
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )
+COMMITS = Counter("meterline_commits", "Transactions committed by this worker.")
 PARTITION_HALTED = Gauge("meterline_partition_halted", "1 where a partition stopped itself.", ["partition"])
 STRIPE_REQUESTS = Counter("meterline_stripe_requests", "Requests to Stripe by outcome.", ["outcome"])
 STRIPE_SENDING_STOPPED = Gauge(

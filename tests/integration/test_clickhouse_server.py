@@ -228,7 +228,7 @@ def test_an_insert_that_the_server_refuses_is_no_success_and_stores_nothing(clie
 
 
 def test_acknowledged_inserts_survive_a_killed_server(tmp_path):
-    """SIGKILL amid inserts: every acknowledged batch is there, whole; the one under way is whole or absent."""
+    """SIGKILL amid inserts: every acknowledged batch is there; the one under way is whole or absent."""
     ports = Ports.free()
     stack = Stack(tmp_path / "stack", ports, [ClickHouse(tmp_path / "stack" / "clickhouse", ports)])
     settings = ClickHouseSettings(port=ports.clickhouse, database="default")

@@ -190,7 +190,7 @@ def test_a_killed_service_is_found_stopped_and_started_again(light):
 
 
 def test_a_hanging_service_is_starting_not_ready(light):
-    """A stopped process holds its port and answers nothing; `down` still ends it."""
+    """A process that holds its port and answers nothing is told apart from one that is gone."""
     light.up()
     pid = pids(light)["stripe"]
     os.kill(pid, signal.SIGSTOP)

@@ -11,7 +11,7 @@ from typing import Self
 
 from meterline.errors import UserError
 
-__all__ = ["HOST", "Ports", "port_variable"]
+__all__ = ["HOST", "Ports", "free_ports", "is_free", "port_variable"]
 
 HOST = "127.0.0.1"
 """Nothing in the local stack has a password, so nothing listens beyond this machine."""
@@ -53,14 +53,23 @@ class Ports:
     @classmethod
     def free(cls) -> Self:
         """Ports nobody listens on at this moment: for tests, several stacks beside one another."""
-        found: list[int] = []
-        for _ in range(FREE_PORT_TRIES_MAX):
-            port = random.SystemRandom().randint(20_000, PORT_MAX)
-            if port not in found and is_free(port):
-                found.append(port)
-            if len(found) == len(fields(cls)):
-                return cls(*found)
-        raise UserError("No free ports between 20000 and 32767")
+        return cls(*free_ports(len(fields(cls))))
+
+
+def free_ports(count: int) -> list[int]:
+    """So many different ports nobody listens on at this moment.
+
+    Raises:
+        UserError: none were found.
+    """
+    found: list[int] = []
+    for _ in range(FREE_PORT_TRIES_MAX):
+        port = random.SystemRandom().randint(20_000, PORT_MAX)
+        if port not in found and is_free(port):
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise UserError("No free ports between 20000 and 32767")
 
 
 def port_variable(name: str) -> str:

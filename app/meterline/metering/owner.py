@@ -93,8 +93,19 @@ class MeteringOwner(PartitionOwner):
         self._meter = Meter(log.partition, settings, self._decoder(), meta, seen)
         self._meter.restore(state)
         await self._check_windows(meta)
+        self._tell_replayed(in_ledger, meta)
         self._show()
         return self._meter.next_offset
+
+    def _tell_replayed(self, in_ledger: tuple[int, int, int] | None, meta: Meta) -> None:
+        """A crash between insert and commit leaves rows behind; they are inserted again, as the same rows."""
+        if in_ledger is not None and (inserted := in_ledger[2]) > meta.applied_offset:
+            log.info(
+                "rows of an uncommitted flush found; their offsets are read again",
+                partition=self._partition,
+                first_offset=meta.applied_offset + 1,
+                last_offset=inserted,
+            )
 
     async def _check_windows(self, meta: Meta) -> None:
         kept = self._meter.kept_totals()

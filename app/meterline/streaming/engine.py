@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from meterline.errors import PartitionHalted, RetryLater
 from meterline.logs import get_logger
-from meterline.metrics import PARTITION_HALTED, PENDING_EVENTS
+from meterline.metrics import COMMITS, PARTITION_HALTED, PENDING_EVENTS
 from meterline.settings import KafkaSettings
 from meterline.streaming.changelog import read_changelog
 from meterline.streaming.fatal import die
@@ -324,6 +324,7 @@ class Engine:
                 die(f"transaction of partition {held.number} failed", error)
             finally:
                 self._open_transactions -= 1
+            COMMITS.inc()
             self._apply_committed(held.number, what.changelog)
             if held.applied_offset is not None:
                 held.applied_offset = what.applied_offset

@@ -1,0 +1,232 @@
+"""One run of the demo, from nothing to the last line."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+
+import stripe
+from confluent_kafka import Producer
+
+from meterline.clients import ClientRegistry
+from meterline.contracts.files import schemas_dir
+from meterline.contracts.topic_admin import TopicAdmin
+from meterline.contracts.topics import USAGE_EVENTS, load_topics
+from meterline.demo.chaos import kills
+from meterline.demo.checker import Accounts, Checker, Places, read_input
+from meterline.demo.scenario import Scenario, write_scenario
+from meterline.demo.screen import Screen
+from meterline.demo.traces import read_requests
+from meterline.demo.workers import Worker, replayed_offsets, stop_all, wait_until
+from meterline.domain.clients import Client
+from meterline.errors import MeterlineError
+from meterline.ledger.migrate import apply_migrations
+from meterline.local.ports import Ports, free_ports, is_free
+from meterline.local.service import Progress
+from meterline.local.stack import Stack
+from meterline.settings import SANDBOX_API_KEY, Settings, load_settings
+
+__all__ = ["DEMO_SETTINGS", "Outcome", "open_stack", "run"]
+
+DEMO_SETTINGS = {
+    "METERLINE_METERING__WINDOW_LENGTH_MS": "60000",
+    "METERLINE_METERING__ALLOWED_LATENESS_MS": "3000",
+    "METERLINE_METERING__IDLE_AFTER_MS": "1000",
+    "METERLINE_METERING__LATE_SNAPSHOT_INTERVAL_MS": "2000",
+    # The sandbox has no account-wide limit; Stripe's test mode would take four times as long.
+    "METERLINE_BILLING__REQUESTS_PER_SECOND": "100",
+    # A killed worker's partitions come back sooner.
+    "METERLINE_WORKER__SESSION_TIMEOUT_MS": "6000",
+}
+
+METERING_WORKERS = 2
+SETTLE_PAUSE_S = 1.0
+STUCK_AFTER_S = 45.0
+"""Nothing has changed for so long: it won't any more. The longest wait in a healthy run is one window."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a run. `replayed` is None without chaos."""
+
+    accounts: Accounts
+    replayed: int | None
+
+
+@contextmanager
+def open_stack(
+    state_dir: Path, show_progress: Callable[[], AbstractContextManager[Progress]], *, keep: bool
+) -> Iterator[Stack]:
+    """A local stack for the demo alone, and this process's settings pointed at it.
+
+    Its windows are a minute long, so it shares no state with `meterline up`; where that has the usual ports,
+    free ones are taken.
+    """
+    Stack(state_dir).down()
+    defaults = Ports.from_environment()
+    taken = [port for service in Stack(state_dir, defaults).status() for port in service.ports.values()]
+    ports = defaults if all(map(is_free, taken)) else Ports.free()
+    stack = Stack(state_dir, ports)
+    for name in [name for name in os.environ if name.startswith("METERLINE_")]:
+        del os.environ[name]  # a setting for the user's own cluster must not reach the demo
+    os.environ.update(stack.environment() | DEMO_SETTINGS)
+    try:
+        with show_progress() as progress:
+            stack.up(progress)
+        yield stack
+    finally:
+        if not keep:
+            stack.down()
+
+
+def run(
+    stack: Stack, traces: Path | None, screen: Screen, *, chaos: bool, run_id: str | None = None
+) -> Outcome:
+    """Publish, meter, bill, check.
+
+    Raises:
+        UserError: the traces can't be read.
+        WorkerFailed: a worker ended by itself.
+    """
+    settings = load_settings()
+    now = datetime.now(UTC)
+    run_id = run_id or now.strftime("%m%dT%H%M%S")
+    folder = stack.state_dir / "runs" / run_id
+    requests, source = read_requests(traces)
+    scenario = write_scenario(requests, run_id, now, folder)
+    expected = read_input(scenario.usage_file, scenario.poison_file)
+    screen.say(f"Run {run_id}: {len(requests)} {source}")
+    screen.say(f"{expected.records} records for {len(scenario.clients)} clients, in {folder}")
+    TopicAdmin(settings.kafka).apply(load_topics())
+    apply_migrations(settings.clickhouse)
+    customers = _register(settings, scenario)
+    checker = Checker(_places(settings), expected, customers, scenario.started_at)
+    workers = _workers(dict(os.environ), folder)
+    try:
+        for worker in workers.values():
+            worker.start()
+        for worker in workers.values():
+            wait_until(worker, "ready")
+        screen.say(f"Workers are ready: {', '.join(workers)}")
+        with screen.progress(sum(expected.events.values())) as show:
+            if chaos:
+                _publish_under_fire(scenario, workers, screen)
+            else:
+                _publish(scenario.usage_file)
+            _publish_poison(settings, scenario.poison_file)
+            accounts = _settle(checker, list(workers.values()), show)
+    finally:
+        stop_all(list(workers.values()))
+    return Outcome(accounts, replayed_offsets(workers.values()) if chaos else None)
+
+
+def _register(settings: Settings, scenario: Scenario) -> dict[str, str | None]:
+    """A Stripe customer for every client but one, and all of them in the registry."""
+    sandbox = stripe.StripeClient(SANDBOX_API_KEY, base_addresses={"api": settings.stripe.sandbox_url})
+    registry = ClientRegistry(settings)
+    customers: dict[str, str | None] = {}
+    for client_id in scenario.clients:
+        customer = None
+        if client_id != scenario.without_customer:
+            customer = sandbox.v1.customers.create({"name": client_id}).id
+        now_ms = time.time_ns() // 1_000_000
+        registry.put(
+            Client(client_id, stripe_customer_id=customer, updated_at=now_ms, updated_by="meterline demo")
+        )
+        customers[client_id] = customer
+    return customers
+
+
+def _places(settings: Settings) -> Places:
+    return Places(
+        kafka=settings.kafka.bootstrap_servers,
+        clickhouse_host=settings.clickhouse.host,
+        clickhouse_port=settings.clickhouse.port,
+        database=settings.clickhouse.database,
+        stripe_url=settings.stripe.sandbox_url,
+        stripe_key=SANDBOX_API_KEY,
+        dead_letter_schema=schemas_dir() / "dead-letter" / "v1.avsc",
+    )
+
+
+def _workers(environment: Mapping[str, str], folder: Path) -> dict[str, Worker]:
+    slots = [("metering", slot) for slot in range(1, METERING_WORKERS + 1)] + [("billing", 1)]
+    ports = free_ports(len(slots))
+    made = [
+        Worker(kind, slot, port, environment, folder) for (kind, slot), port in zip(slots, ports, strict=True)
+    ]
+    return {worker.name: worker for worker in made}
+
+
+# -- publishing
+
+
+def _publish(file: Path) -> None:
+    """Through the same command as everybody."""
+    command = [sys.executable, "-m", "meterline", "publish", str(file), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 - ourselves
+    if done.returncode:
+        raise MeterlineError(f"publishing {file} failed: {done.stderr.strip() or done.stdout.strip()}")
+
+
+def _publish_poison(settings: Settings, file: Path) -> None:
+    """As a program without our library would: raw bytes."""
+    producer = Producer(settings.kafka.client_config() | {"partitioner": "murmur2_random"})
+    for line in file.read_text().splitlines():
+        poison = json.loads(line)
+        producer.produce(USAGE_EVENTS, base64.b64decode(poison["value"]), base64.b64decode(poison["key"]))
+    producer.flush()
+
+
+def _publish_under_fire(scenario: Scenario, workers: Mapping[str, Worker], screen: Screen) -> None:
+    """A slice of the input before each kill, and one after the last: every kill has work before and after."""
+    plan = kills()
+    slices = _slices(scenario.usage_file, len(plan) + 1)
+    for kill, file in zip(plan, slices, strict=False):
+        kill.aim(workers)
+        _publish(file)
+        screen.say(kill.strike(workers))
+    _publish(slices[-1])
+
+
+def _slices(file: Path, count: int) -> list[Path]:
+    with file.open() as text:
+        header, *rows = text
+    size = -(-len(rows) // count)
+    files = []
+    for number in range(count):
+        part = file.with_name(f"{file.stem}-{number + 1}{file.suffix}")
+        part.write_text("".join([header, *islice(rows, number * size, (number + 1) * size)]))
+        files.append(part)
+    return files
+
+
+# -- the end
+
+
+def _settle(checker: Checker, workers: Sequence[Worker], show: Screen.Show) -> Accounts:
+    """Look until everything is conserved, or nothing changes any more."""
+    before, changed_at = "", time.monotonic()
+    while True:
+        accounts = checker.check()
+        show(accounts)
+        if not accounts.problems:
+            return accounts
+        now = repr(accounts)
+        if now != before:
+            before, changed_at = now, time.monotonic()
+        elif time.monotonic() - changed_at > STUCK_AFTER_S:
+            return accounts
+        for worker in workers:
+            worker.require_running()
+        time.sleep(SETTLE_PAUSE_S)
