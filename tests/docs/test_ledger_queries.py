@@ -33,6 +33,7 @@ ROWS = {
         # Half of task-17 is taken back; it arrives two hours late.
         event(
             5,
+            occurred_at=NOON + 3,
             correlation_id="task-17",
             credits_micro=-CREDIT,
             appended_at=NOON + 2 * HOUR_MS,

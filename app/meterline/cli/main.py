@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from meterline import __version__
 from meterline.errors import MeterlineError, UserError
+from meterline.logs import configure_logs
 
 __all__ = ["main"]
 
@@ -85,6 +86,7 @@ def cli(
 
 def main() -> None:
     """Entry point. A user's mistake is one clear message and exit code 2, never a traceback."""
+    configure_logs("error")  # a command prints its answer; workers choose their own level
     try:
         app()
     except MeterlineError as error:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import base64
+import csv
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 
 import stripe
@@ -34,6 +35,7 @@ from meterline.ledger.migrate import apply_migrations
 from meterline.local.ports import Ports, free_ports, is_free
 from meterline.local.service import Progress
 from meterline.local.stack import Stack
+from meterline.producer import UsageProducer
 from meterline.settings import SANDBOX_API_KEY, Settings, load_settings
 
 __all__ = ["DEMO_SETTINGS", "Outcome", "open_stack", "run"]
@@ -51,6 +53,8 @@ DEMO_SETTINGS = {
 
 METERING_WORKERS = 2
 SETTLE_PAUSE_S = 1.0
+PIECES, PIECE_PAUSE_S = 20, 0.15
+"""Each piece meets another flush."""
 STUCK_AFTER_S = 45.0
 """Nothing has changed for so long: it won't any more. The longest wait in a healthy run is one window."""
 
@@ -127,7 +131,10 @@ def run(
             accounts = _settle(checker, list(workers.values()), show)
     finally:
         stop_all(list(workers.values()))
-    return Outcome(accounts, replayed_offsets(workers.values()) if chaos else None)
+    replayed = replayed_offsets(workers.values()) if chaos else None
+    if replayed == 0:
+        raise MeterlineError("no kill fell between insert and commit: nothing was replayed, nothing is shown")
+    return Outcome(accounts, replayed)
 
 
 def _register(settings: Settings, scenario: Scenario) -> dict[str, str | None]:
@@ -189,26 +196,35 @@ def _publish_poison(settings: Settings, file: Path) -> None:
 
 
 def _publish_under_fire(scenario: Scenario, workers: Mapping[str, Worker], screen: Screen) -> None:
-    """A slice of the input before each kill, and one after the last: every kill has work before and after."""
+    """As a worker would, task by task: a part of the input during each kill, and the rest after the last."""
     plan = kills()
-    slices = _slices(scenario.usage_file, len(plan) + 1)
-    for kill, file in zip(plan, slices, strict=False):
-        kill.aim(workers)
-        _publish(file)
-        screen.say(kill.strike(workers))
-    _publish(slices[-1])
+    with scenario.usage_file.open(newline="") as text:
+        rows = list(csv.DictReader(text))
+    size = -(-len(rows) // (len(plan) + 1))
+    with UsageProducer() as producer, ThreadPoolExecutor(1) as background:
+        for number, kill in enumerate(plan):
+            kill.aim(workers)
+            part = rows[number * size : (number + 1) * size]
+            publishing = background.submit(_publish_steadily, producer, part)
+            screen.say(kill.strike(workers))
+            publishing.result()
+        _publish_steadily(producer, rows[len(plan) * size :])
 
 
-def _slices(file: Path, count: int) -> list[Path]:
-    with file.open() as text:
-        header, *rows = text
-    size = -(-len(rows) // count)
-    files = []
-    for number in range(count):
-        part = file.with_name(f"{file.stem}-{number + 1}{file.suffix}")
-        part.write_text("".join([header, *islice(rows, number * size, (number + 1) * size)]))
-        files.append(part)
-    return files
+def _publish_steadily(producer: UsageProducer, rows: Sequence[Mapping[str, str]]) -> None:
+    """Over a few seconds: a worker that dies at a step must come there several times."""
+    size = -(-len(rows) // PIECES)
+    for start in range(0, len(rows), size):
+        for row in rows[start : start + size]:
+            producer.publish(
+                client_id=row["client_id"],
+                correlation_id=row["correlation_id"],
+                sku=row["sku"],
+                credits=row["credits"],
+                occurred_at=datetime.fromisoformat(row["occurred_at"]),
+            )
+        producer.flush()
+        time.sleep(PIECE_PAUSE_S)
 
 
 # -- the end

@@ -16,11 +16,13 @@ from meterline.domain.credits import MICRO
 from meterline.ledger.client import Client, ledger_errors
 
 __all__ = [
+    "BillingState",
     "HourUsage",
     "Period",
     "ReceiptLine",
     "RecordState",
     "WindowState",
+    "billing_states",
     "has_usage",
     "hours",
     "receipt_lines",
@@ -94,6 +96,41 @@ class RecordState:
     reason: str
     attempts: int
     request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class BillingState:
+    """How many usage records, windows and advances are in one state, for one reason.
+
+    Attributes:
+        client_id: "" where the clients are added up.
+        state: "" for advances that made no whole unit.
+        value: units; of accepted ones what Stripe has.
+    """
+
+    client_id: str
+    state: str
+    reason: str
+    count: int
+    credits_micro: int
+    value: int
+    oldest_window: datetime
+
+
+def billing_states(client: Client, *, by_client: bool) -> list[BillingState]:
+    """Where everything stands that billing took in."""
+    who = "client_id" if by_client else "''"
+    with ledger_errors():
+        rows = client.execute(
+            f"""
+            SELECT {who} AS who, state, reason, count(), sum(credits), sum(value), min(window_start)
+            FROM usage_records GROUP BY who, state, reason ORDER BY who, state, reason
+            """  # noqa: S608 - one of the two constants above
+        )
+    return [
+        BillingState(who, state, reason, count, _micro(charged), value, oldest)
+        for who, state, reason, count, charged, value, oldest in rows
+    ]
 
 
 def has_usage(client: Client, client_id: str) -> bool:

@@ -337,6 +337,8 @@ class Engine:
     def problems(self) -> list[str]:
         """Why this worker isn't ready; empty when it is."""
         found = [f"partition {p} halted: {why}" for p, why in sorted(self.halted.items())]
+        if not self._assignment_number:
+            found.append("no assignment of partitions yet")
         missing = self.wanted - self.partitions.keys() - self.halted.keys()
         if missing:
             found.append(f"partitions {sorted(missing)} are being restored")
