@@ -36,7 +36,7 @@ ROWS = {
             occurred_at=NOON + 3,
             correlation_id="task-17",
             credits_micro=-CREDIT,
-            appended_at=NOON + 2 * HOUR_MS,
+            appended_at=NOON + 3 + 2 * HOUR_MS,
             corrects_event_id="event-1",
             corrects_kind="amend",
         ),

@@ -22,7 +22,7 @@ __all__ = ["app"]
 app = typer.Typer(no_args_is_help=True, help="What billing knows, holds and has sent.", rich_markup_mode=None)
 
 REMEDIES = {
-    "no_customer": "give the client a Stripe customer: meterline clients set CLIENT --stripe-customer cus_...",
+    "no_customer": "set one: meterline clients set CLIENT --stripe-customer cus_...",
     "unmapped_sku": "add the SKU to the meters file and raise its version",
     "unverified": "the ledger and the window differ: see docs/operations.md, held windows",
     "refused": "Stripe's text is in the view usage_records; see docs/operations.md",

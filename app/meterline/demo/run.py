@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from meterline.local.stack import Stack
 from meterline.producer import UsageProducer
 from meterline.settings import SANDBOX_API_KEY, Settings, load_settings
 
-__all__ = ["DEMO_SETTINGS", "Outcome", "open_stack", "run"]
+__all__ = ["DEMO_SETTINGS", "Outcome", "choose_ports", "open_stack", "run"]
 
 DEMO_SETTINGS = {
     "METERLINE_METERING__WINDOW_LENGTH_MS": "60000",
@@ -77,10 +77,7 @@ def open_stack(
     free ones are taken.
     """
     Stack(state_dir).down()
-    defaults = Ports.from_environment()
-    taken = [port for service in Stack(state_dir, defaults).status() for port in service.ports.values()]
-    ports = defaults if all(map(is_free, taken)) else Ports.free()
-    stack = Stack(state_dir, ports)
+    stack = Stack(state_dir, choose_ports(Ports.from_environment()))
     for name in [name for name in os.environ if name.startswith("METERLINE_")]:
         del os.environ[name]  # a setting for the user's own cluster must not reach the demo
     os.environ.update(stack.environment() | DEMO_SETTINGS)
@@ -91,6 +88,11 @@ def open_stack(
     finally:
         if not keep:
             stack.down()
+
+
+def choose_ports(wanted: Ports) -> Ports:
+    """The wanted ones, if nobody has one of them."""
+    return wanted if all(map(is_free, astuple(wanted))) else Ports.free()
 
 
 def run(

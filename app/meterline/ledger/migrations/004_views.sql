@@ -118,7 +118,7 @@ SELECT
     source_topic_id,
     source_partition,
     cutoff_offset,
-    toDecimal128(advanced_micro, 6) / 1000000 AS credits,
+    toDecimal128(credits_of_thing, 6) / 1000000 AS credits,
     identifier,
     event_name,
     stripe_customer,
@@ -156,7 +156,12 @@ FROM
         argMin(step.source_topic_id, step.seq) AS source_topic_id,
         argMin(step.source_partition, step.seq) AS source_partition,
         argMin(step.cutoff_offset, step.seq) AS cutoff_offset,
-        sumIf(toInt128(step.credits_micro), step.kind = 'advance') AS advanced_micro,
+        -- Of a held window what it would add; it becomes an advance when it is released.
+        if(
+            step.identifier = '' AND argMaxIf(step.state, step.seq, step.state != '') = 'held',
+            toInt128(argMax(step.credits_micro, step.seq)),
+            sumIf(toInt128(step.credits_micro), step.kind = 'advance')
+        ) AS credits_of_thing,
         argMaxIf(step.event_name, step.seq, step.event_name != '') AS event_name,
         argMaxIf(step.stripe_customer, step.seq, step.stripe_customer != '') AS stripe_customer,
         argMaxIf(step.value, step.seq, step.value != 0) AS value,
