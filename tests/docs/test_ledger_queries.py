@@ -56,30 +56,26 @@ ROWS = {
     ],
 }
 
+QUARTER = Decimal("0.25")
+
 ANSWERS = [
-    # A receipt for a day: the five billable lines of acme.
-    lambda rows: (
-        [(row[1], row[2]) for row in rows]
-        == [("gpu", 3), ("gpu", -1), ("cpu", Decimal("0.25")), ("cpu", Decimal("0.25"))]
-        or [(row[1], row[2]) for row in rows]
-        == [("gpu", -1), ("gpu", 3), ("cpu", Decimal("0.25")), ("cpu", Decimal("0.25"))]
-    ),
+    # (which columns are looked at, their rows), in the order of the page.
+    # A receipt for a day: the four billable lines of acme, in order of time.
+    (slice(1, 3), [("gpu", 3), ("cpu", QUARTER), ("gpu", -1), ("cpu", QUARTER)]),
     # One task: 3 credits, 1 taken back.
-    lambda rows: rows == [("gpu", Decimal(2), 2, 1)],
+    (slice(None), [("gpu", 2, 2, 1)]),
     # The largest clients of a month.
-    lambda rows: rows == [("acme", Decimal("2.5"), "gpu"), ("other", Decimal(1), "gpu")],
+    (slice(None), [("acme", Decimal("2.5"), "gpu"), ("other", 1, "gpu")]),
     # Late arrivals.
-    lambda rows: [row[:3] for row in rows] == [("acme", 1, Decimal(-1))] and float(rows[0][3]) == 7_200,
+    (slice(None), [("acme", 1, -1, 7_200, 0)]),
     # Twins.
-    lambda rows: [row[:3] for row in rows] == [("acme", "event-2", 2)],
+    (slice(3), [("acme", "event-2", 2)]),
     # A month by day: the twin's hour has no closed window.
-    lambda rows: [row[1:] for row in rows] == [(4, Decimal("2.5"), False)],
+    (slice(1, None), [(4, Decimal("2.5"), False)]),
     # Drift between rows and statements.
-    lambda rows: (
-        [(row[0], row[2], row[3]) for row in rows] == [("acme", Decimal("2.250001"), Decimal("2.25"))]
-    ),
+    (slice(2, None), [(Decimal("2.250001"), Decimal("2.25"))]),
     # A billing period.
-    lambda rows: rows == [("credits", Decimal("2.25"), 2, 0, 1, 0)],
+    (slice(None), [("credits", Decimal("2.25"), 2, 0, 1, 0)]),
 ]
 
 
@@ -111,9 +107,10 @@ def test_every_query_has_its_expected_answer():
 @pytest.mark.parametrize("number", range(len(ANSWERS)))
 def test_a_query_of_the_page_answers(analyst, number):
     """Copied from the page to a client, it runs and says what is in the ledger."""
+    columns, expected = ANSWERS[number]
     rows = analyst.execute(QUERIES[number])
 
-    assert ANSWERS[number](rows), rows
+    assert [row[columns] for row in rows] == expected
 
 
 @pytest.mark.parametrize("view", VIEWS)
