@@ -41,20 +41,11 @@ def event_to_record(event: UsageEvent) -> dict[str, Any]:
 
 def event_from_record(record: dict[str, Any]) -> UsageEvent:
     """The event in a decoded `usage-event` record. Its rules are not yet checked: see `check_event`."""
+    event = UsageEvent._make(record.values())  # the decoder keeps the schema's order, which is the event's
     corrects = record["corrects"]
-    return UsageEvent(
-        record["event_id"],
-        record["client_id"],
-        record["correlation_id"],
-        record["sku"],
-        record["credits_micro"],
-        record["occurred_at"],
-        record["source"],
-        record["attributes"],
-        record["reservation_id"],
-        record["billable"],
-        None if corrects is None else Correction(**corrects | {"kind": CorrectionKind(corrects["kind"])}),
-    )
+    if corrects is None:
+        return event
+    return event._replace(corrects=Correction(**corrects | {"kind": CorrectionKind(corrects["kind"])}))
 
 
 def snapshot_to_record(snapshot: WindowSnapshot) -> dict[str, Any]:

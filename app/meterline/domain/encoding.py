@@ -6,15 +6,23 @@ contract: other programs reproduce it from the golden vectors.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import blake2b
 
-__all__ = ["canonical", "hash_hex", "netstring"]
+__all__ = ["canonical", "hash_hex", "netstring", "repeated_netstring"]
+
+REPEATED_MAX = 16_384
+"""Client ids and SKUs kept as netstrings: a worker's busy clients, in a few megabytes."""
 
 
 def netstring(field: str) -> bytes:
     """One field: its length in UTF-8 bytes, a colon, the bytes, a comma."""
     data = field.encode()
     return b"%d:%b," % (len(data), data)
+
+
+repeated_netstring = lru_cache(REPEATED_MAX)(netstring)
+"""For what comes again and again, such as client ids and SKUs."""
 
 
 def canonical(tag: str, *fields: str | int) -> bytes:

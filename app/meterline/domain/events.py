@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from meterline.domain.credits import CREDITS_MICRO_MAX
-from meterline.domain.encoding import hash_hex, netstring
+from meterline.domain.encoding import hash_hex, netstring, repeated_netstring
 from meterline.domain.reasons import Reason
 from meterline.errors import DeadLetterError
 
@@ -99,7 +99,7 @@ _PAYLOAD_TAG = netstring("meterline.payload.1")
 
 def identity_hash(client_id: str, event_id: str) -> int:
     """96 bits of BLAKE2b over the identity (client, event id), as an unsigned integer."""
-    data = _IDENTITY_TAG + netstring(client_id) + netstring(event_id)
+    data = _IDENTITY_TAG + repeated_netstring(client_id) + netstring(event_id)
     return int.from_bytes(blake2b(data, digest_size=12).digest(), "big")
 
 
@@ -108,7 +108,7 @@ def payload_digest(event: UsageEvent) -> int:
 
     Time, source and attributes are left out: a retried task may report them anew.
     """
-    data = _PAYLOAD_TAG + netstring(event.client_id) + netstring(event.sku)
+    data = _PAYLOAD_TAG + repeated_netstring(event.client_id) + repeated_netstring(event.sku)
     data += netstring(str(event.credits_micro)) + (b"1:1," if event.billable else b"1:0,")
     if event.corrects is not None:
         data += b"".join(netstring(str(part)) for part in event.corrects)
