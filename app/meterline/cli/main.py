@@ -86,7 +86,7 @@ def cli(
 
 def main() -> None:
     """Entry point. A user's mistake is one clear message and exit code 2, never a traceback."""
-    configure_logs("error")  # a command prints its answer; workers choose their own level
+    configure_logs("critical")  # a command says itself what is wrong; workers choose their own level
     try:
         app()
     except MeterlineError as error:

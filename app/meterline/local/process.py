@@ -69,8 +69,10 @@ def forget(record_file: Path) -> None:
 
 def is_alive(record: ProcessRecord) -> bool:
     """Whether this very process runs, not another one with its pid."""
-    _reap(record.pid)
-    return bool(record.started) and _started(record.pid) == record.started
+    alive = bool(record.started) and _started(record.pid) == record.started
+    if not alive:  # reaped after it was seen: one that ends in between must not stay behind as a zombie
+        _reap(record.pid)
+    return alive
 
 
 def stop_process(record: ProcessRecord) -> bool:
@@ -102,7 +104,9 @@ def _started(pid: int) -> str | None:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         except (FileNotFoundError, ProcessLookupError):
             return None
-        return None if fields[0] in "ZX" else f"{boot}:{fields[19]}"
+        # A killed process whose first thread is gone holds its ports until its last thread is (num_threads, the 18th).
+        gone = fields[0] in "ZX" and int(fields[17]) <= 1
+        return None if gone else f"{boot}:{fields[19]}"
     listed = subprocess.run(  # noqa: S603 - a fixed command
         ["/bin/ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False
     ).stdout.split(maxsplit=1)

@@ -31,9 +31,9 @@ OPEN_TRANSACTION_WAIT_S = 20.0
 
 RETRY_PAUSE_S = 0.5
 
-IDLE_CHECK_INTERVAL_S = 1.0
-"""A partition is idle when two checks this far apart see the same position: a chunk may be on its way from
-the consumer's thread while the position has already moved."""
+POLL_AGE_MS_MAX = 5_000
+"""A position is worth something while answers to fetches come. Faust lets the broker hold an empty fetch for
+1.5 s: below that a quiet, healthy partition would look stale, and its last windows would stay open."""
 
 READER_THREADS = 8
 """Changelogs read side by side when many partitions arrive at once; librdkafka does the work."""
@@ -301,10 +301,11 @@ class Engine:
 
     def _notice_idle(self, held: OwnedPartition) -> None:
         now = time.monotonic()
-        if held.owner.pending or now - held.idle_since < IDLE_CHECK_INTERVAL_S:
+        # Two checks apart: a chunk may be on its way from the consumer's thread, the position has moved already.
+        if held.owner.pending or now - held.idle_since < self._limits.idle_after_s:
             return
         now_ms = time.time_ns() // 1_000_000
-        position = self._caught_up_position(held.number, int(self._limits.idle_after_s * 1000), now_ms)
+        position = self._caught_up_position(held.number, POLL_AGE_MS_MAX, now_ms)
         unchanged = position is not None and position == held.seen_idle_at
         held.seen_idle_at, held.idle_since = position, now
         if unchanged:

@@ -32,7 +32,10 @@ def topic_partition_counts(kafka: KafkaSettings, topics: list[str]) -> dict[str,
     try:
         known = admin.list_topics(timeout=ADMIN_TIMEOUT_S).topics
     except KafkaException as error:
-        raise RetryLater(f"Kafka at {kafka.bootstrap_servers} does not answer: {error.args[0]}") from None
+        raise RetryLater(
+            f"Kafka at {kafka.bootstrap_servers} does not answer ({error.args[0].str()}). Start the local "
+            "stack with `meterline up`, or set METERLINE_KAFKA__BOOTSTRAP_SERVERS"
+        ) from None
     missing = [topic for topic in topics if topic not in known]
     if missing:
         raise UserError(

@@ -18,8 +18,11 @@ TRANSACTION_TIMEOUT_MS = 15_000
 """An owner that stalls inside a transaction holds up readers at most this long (plus the coordinator's 10 s
 scan); a transaction itself takes milliseconds."""
 
-BATCH_BYTES_MAX = 900_000
-"""Below the 1 MiB record batch limit of the topics we write to."""
+BATCH_BYTES_MAX = 1_500_000
+"""Below the 2 MiB limit of the topics we write to; a window of the most and longest SKUs takes a million."""
+
+REQUEST_BYTES_MAX = 2_000_000
+"""A batch and its framing."""
 
 STOP_TIMEOUT_S = 5.0
 
@@ -39,7 +42,7 @@ class FencedProducer:
             transactional_id=transactional_id,
             transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
             max_batch_size=BATCH_BYTES_MAX,
-            max_request_size=2 * BATCH_BYTES_MAX,
+            max_request_size=REQUEST_BYTES_MAX,
             linger_ms=0,
             acks="all",
         )

@@ -1,0 +1,113 @@
+"""A partition that must not go on says why, with the exact range; what may go on does."""
+
+from __future__ import annotations
+
+import pytest
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient
+from tests.pipeline_books import WINDOW_MS, WORKER_SETTINGS, Traffic, log_ends, metering_metas
+from tests.stacks import chosen_kind, running_stack
+from tests.worker_processes import ALL, WorkerProcess, ended_in_the_end, until
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(200)]
+
+
+@pytest.fixture(scope="module")
+def stack():
+    """One of our own: records of its topics are deleted."""
+    with running_stack(chosen_kind()) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def traffic(stack):
+    traffic = Traffic(stack)
+    yield traffic
+    traffic.close()
+
+
+@pytest.fixture
+def worker(stack, tmp_path):
+    """A metering worker, not started; nothing of it is left in the end."""
+    made = WorkerProcess("metering", stack.process_environment() | WORKER_SETTINGS, tmp_path)
+    with ended_in_the_end(made):
+        yield made
+
+
+def applied_offsets(stack):
+    return {partition: meta["applied_offset"] for partition, meta in metering_metas(stack).items()}
+
+
+def is_applied(stack, partitions):
+    applied, ends = applied_offsets(stack), log_ends(stack, "usage.events")
+    return all(applied.get(partition) == ends[partition] - 1 for partition in partitions)
+
+
+def work_and_leave(stack, traffic, worker):
+    """Some records of every partition are counted; then no worker is there."""
+    worker.start_ready()
+    traffic.publish(200)
+    until(lambda: is_applied(stack, ALL), "all is applied")
+    assert worker.terminate() == 0
+
+
+def problems_of(worker):
+    """What it isn't ready for, when it has looked at all partitions."""
+    found = []
+
+    def looked():
+        assert worker.process.poll() is None, worker.log_tail()
+        status, answer = worker.get_json("/healthz/ready")
+        found[:] = answer.get("problems", [])
+        return status == 503 and found and not any("being restored" in problem for problem in found)
+
+    until(looked, "it says what is wrong")
+    return sorted(found)
+
+
+def test_another_window_length_halts_every_partition(stack, traffic, worker):
+    """Windows of two lengths can't be added up: 503 with both lengths and the setting; the old one works on."""
+    work_and_leave(stack, traffic, worker)
+    before = applied_offsets(stack)
+    worker.environment["METERLINE_METERING__WINDOW_LENGTH_MS"] = "2000"
+    worker.start()
+    traffic.publish(50)
+
+    assert problems_of(worker) == [
+        f"partition {p} halted: usage.events-{p}: its windows are {WINDOW_MS} ms long, the setting says 2000. "
+        f"Set METERLINE_METERING__WINDOW_LENGTH_MS={WINDOW_MS}"
+        for p in ALL
+    ]
+    assert worker.get_json("/healthz/live")[0] == 200
+    assert applied_offsets(stack) == before
+    assert worker.terminate() == 0
+    worker.environment["METERLINE_METERING__WINDOW_LENGTH_MS"] = str(WINDOW_MS)
+    worker.start_ready()
+    until(lambda: is_applied(stack, ALL), "what came meanwhile is applied")
+
+
+def test_records_gone_uncounted_halt_their_partition_alone(stack, traffic, worker):
+    """Retention passed what nobody had counted: that range is named, the other partitions go on."""
+    work_and_leave(stack, traffic, worker)
+    traffic.publish(200)
+    applied, ends = applied_offsets(stack), log_ends(stack, "usage.events")
+    gone = max(ALL, key=lambda partition: ends[partition] - applied[partition])
+    start = ends[gone] - 2
+    assert start > applied[gone] + 1
+    admin = AdminClient(stack.settings.kafka.client_config())
+    for deleted in admin.delete_records([TopicPartition("usage.events", gone, start)]).values():
+        deleted.result(30)
+    worker.start()
+
+    assert problems_of(worker) == [
+        f"partition {gone} halted: usage.events-{gone}: offsets {applied[gone] + 1}..{start - 1} are gone from "
+        "the log and were never counted (retention passed while no worker ran)"
+    ]
+    others = [partition for partition in ALL if partition != gone]
+    assert worker.partitions() == others
+    traffic.publish(200)
+    until(lambda: is_applied(stack, others), "the others are applied")
+    assert applied_offsets(stack)[gone] == applied[gone]
+    halted = [line for line in worker.get("/metrics")[1].splitlines() if line.endswith(" 1.0")]
+    assert f'meterline_partition_halted{{partition="{gone}"}} 1.0' in halted
+    assert worker.terminate() == 0

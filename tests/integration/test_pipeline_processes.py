@@ -1,0 +1,127 @@
+"""A metering worker as its surroundings see it: Faust's own command, health pages, ports, SIGTERM."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.pipeline_books import WORKER_SETTINGS, Traffic, log_ends, metering_metas
+from tests.stacks import chosen_kind, running_stack
+from tests.worker_processes import ALL, WorkerProcess, ended_in_the_end, until
+
+from meterline.local.ports import HOST, free_ports
+from meterline.local.python_services import ClickHouse
+from meterline.local.stack import Stack
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(200)]
+
+TERM_S_MAX = 8.0
+FAUST = [str(Path(sys.executable).with_name("faust")), "-A", "meterline.metering.worker", "worker"]
+
+
+@pytest.fixture(scope="module")
+def stack():
+    """One of our own: its ClickHouse is stopped, and every record of its topics is ours."""
+    with running_stack(chosen_kind()) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def traffic(stack):
+    traffic = Traffic(stack)
+    yield traffic
+    traffic.close()
+
+
+@pytest.fixture
+def worker(stack, tmp_path):
+    """A metering worker, not started; nothing of it is left in the end."""
+    made = WorkerProcess("metering", stack.process_environment() | WORKER_SETTINGS, tmp_path)
+    with ended_in_the_end(made):
+        yield made
+
+
+def all_applied(stack):
+    """Whether every record of the log is accounted for by a committed state."""
+    applied = {partition: meta["applied_offset"] + 1 for partition, meta in metering_metas(stack).items()}
+    return applied == log_ends(stack, "usage.events")
+
+
+def test_fausts_own_command_meters(stack, traffic, worker):
+    """`faust -A meterline.metering.worker worker`: pages answer on the port of the environment, events count."""
+    worker.start(command=FAUST)
+    until(worker.is_ready, "ready")
+    traffic.publish(200)
+    until(lambda: all_applied(stack), "all records are applied")
+
+    assert worker.get_json("/healthz/live")[1]["alive"] is True
+    assert worker.get_json("/healthz/ready") == (200, {"ready": True, "partitions": ALL, "problems": []})
+    status, metrics = worker.get("/metrics")
+    assert (status, "meterline_commits_total" in metrics) == (200, True)
+    assert worker.terminate() == 0
+
+
+def test_fausts_own_option_names_the_port(worker):
+    """`--web-port` wins over the environment, whose port stays free."""
+    (other,) = free_ports(1)
+    worker.start(command=[*FAUST, "--web-port", str(other)])
+    named, worker.port = worker.port, other
+    until(worker.is_ready, "ready on the port of the option")
+    with socket.socket() as probe:
+        refused = probe.connect_ex((HOST, named))
+
+    assert refused != 0
+    assert worker.terminate() == 0
+
+
+@pytest.mark.parametrize("command", [(), FAUST], ids=["meterline", "faust"])
+def test_a_port_in_use_is_not_taken(worker, command):
+    """The worker ends and says which port, instead of working where no health page answers."""
+    with socket.create_server((HOST, worker.port)):
+        worker.start(command=command)
+
+        assert worker.wait() not in {0, -signal.SIGKILL}
+    assert str(worker.port) in worker.log_file.read_text()
+
+
+def test_sigterm_ends_a_worker_with_0(stack, traffic, worker):
+    """In the middle of the work, within seconds; the next one goes on where it stood."""
+    worker.start_ready()
+    with traffic.flowing():
+        began = time.monotonic()
+        code = worker.terminate()
+        took = time.monotonic() - began
+
+    assert code == 0
+    assert took < TERM_S_MAX
+    worker.start_ready()
+    until(lambda: all_applied(stack), "the next worker has applied all")
+    assert worker.terminate() == 0
+
+
+def test_sigterm_ends_a_worker_while_clickhouse_is_down(stack, traffic, worker):
+    """It waits for an insert that can't end: alive, and it may still be told to go. Nothing is lost."""
+    if stack.local is None:
+        pytest.skip("stops the local stack's ClickHouse; containers are run by testcontainers")
+    local = stack.local
+    ledger = Stack(local.state_dir, local.ports, [ClickHouse(local.state_dir / "clickhouse", local.ports)])
+    worker.start_ready()
+    ledger.down()
+    try:
+        traffic.publish(200)
+        until(lambda: "ledger insert failed" in worker.log_file.read_text(), "an insert fails")
+        status, alive = worker.get_json("/healthz/live")
+        began = time.monotonic()
+        code = worker.terminate()
+        took = time.monotonic() - began
+    finally:
+        ledger.up()
+
+    assert (status, alive["alive"], code) == (200, True, 0)
+    assert took < TERM_S_MAX
+    worker.start_ready()
+    until(lambda: all_applied(stack), "the next worker has applied all")

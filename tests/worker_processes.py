@@ -1,0 +1,125 @@
+"""Worker processes of a test: started with its settings, asked by their health pages, killed, waited for."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from meterline.local.ports import HOST, free_ports
+
+__all__ = ["ALL", "WorkerProcess", "ended_in_the_end", "until"]
+
+START_S_MAX = 60.0
+"""A worker is ready in 4 s on free cores; a busy machine takes several times that."""
+STOP_S_MAX = 20.0
+POLL_S = 0.05
+ALL = [0, 1, 2, 3]
+"""The partitions of usage.events and usage.windows."""
+
+
+def until(is_so: Callable[[], object], what: str, seconds: float = START_S_MAX) -> None:
+    """Ask until it is so; fail with `what` was waited for."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
+        time.sleep(POLL_S)
+
+
+class WorkerProcess:
+    """One slot of a worker, `metering` or `billing`; the process in it may change."""
+
+    def __init__(self, kind: str, environment: Mapping[str, str], log_folder: Path, **changed: str) -> None:
+        self.kind = kind
+        self.port = free_ports(1)[0]
+        self.environment = {**environment, "METERLINE_WORKER__WEB_PORT": str(self.port), **changed}
+        self.log_file = log_folder / f"{kind}-{self.port}.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *, die_at: str = "", times: int = 1, command: Sequence[str] = ()) -> None:
+        """Start it; with `die_at` it kills itself when it reaches that step for the n-th time."""
+        crash = ["-m", "meterline.local.crash", self.kind, "--at", die_at, "--times", str(times)]
+        plain = ["-m", "meterline", "worker", self.kind]
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                command or [sys.executable, *(crash if die_at else plain)],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def start_ready(self) -> None:
+        """Start it and wait until its partitions are restored."""
+        self.start()
+        until(self.is_ready, f"{self.kind} is ready ({self.log_tail()})")
+
+    def is_ready(self) -> bool:
+        """Whether it says so. An ended process never will: that fails at once."""
+        assert self.process.poll() is None, f"{self.kind} ended: {self.process.returncode} {self.log_tail()}"
+        status, answer = self.get_json("/healthz/ready")
+        return status == 200 and answer["partitions"] != []
+
+    def partitions(self) -> list[int] | None:
+        """Which it says it owns, restored; nothing while it doesn't answer."""
+        return self.get_json("/healthz/ready")[1].get("partitions")
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and text of a page; 0 while nobody answers."""
+        try:
+            with urllib.request.urlopen(f"http://{HOST}:{self.port}{path}", timeout=2) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def get_json(self, path: str) -> tuple[int, dict]:
+        """Status and object of a page; 0 and nothing while nobody answers."""
+        status, text = self.get(path)
+        return status, json.loads(text) if text else {}
+
+    def wait(self, seconds: float = START_S_MAX) -> int:
+        """Its exit code; negative: the signal."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{self.kind} didn't end within {seconds} s: {self.log_tail()}") from None
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self.process.send_signal(number)
+
+    def terminate(self) -> int:
+        """SIGTERM, as an orchestrator does; the exit code."""
+        self.signal(signal.SIGTERM)
+        return self.wait(STOP_S_MAX)
+
+    def kill(self) -> None:
+        """SIGKILL, if it runs; also wakes a stopped one, to its end."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def log_tail(self) -> str:
+        """The last lines of its log, for a failure's text."""
+        if not self.log_file.exists():
+            return "no log"
+        return "\n".join(line[:600] for line in self.log_file.read_text(errors="replace").splitlines()[-8:])
+
+
+@contextmanager
+def ended_in_the_end(*workers: WorkerProcess):
+    """Whatever happens: none of them is left."""
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.kill()
