@@ -195,7 +195,7 @@ def _wrong_counters(stack: RunningStack, ledger: ClickHouse, traffic: Traffic) -
     for partition, meta in metas.items():
         counters = meta["counters"]
         if meta["applied_offset"] != ends[partition] - 1:
-            yield f"partition {partition} is applied to {meta['applied_offset']}, its end is {ends[partition]}"
+            yield f"partition {partition}: applied to {meta['applied_offset']}, its end is {ends[partition]}"
         told = [counters[name] for name in ("accepted", "duplicates", "dead_letters", "skipped")]
         if sum(told) != meta["applied_offset"] + 1 - counters["first_offset"]:
             yield f"partition {partition}: counters {counters} don't add up to {meta['applied_offset']}"
@@ -229,8 +229,8 @@ def _wrong_windows(stack: RunningStack, ledger: ClickHouse) -> Iterator[str]:
         f"count(), sum(credits_micro) FROM ({ONE_OF_EACH_OFFSET}) GROUP BY client_id, `partition`, start"
     )
     summed = {(client, partition, start): (count, micro) for client, partition, start, count, micro in rows}
-    told = {window: amount for window, (_, *amount) in latest.items()}
-    if summed != (told := {window: tuple(amount) for window, amount in told.items()}):
+    told = {window: (count, micro) for window, (_, count, micro) in latest.items()}
+    if summed != told:
         different = [w for w in summed.keys() | told.keys() if summed.get(w) != told.get(w)]
         first = min(different)
         yield f"{len(different)} windows differ, {first}: rows {summed.get(first)}, told {told.get(first)}"

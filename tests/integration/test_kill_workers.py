@@ -103,7 +103,7 @@ def test_the_worker_died_there(aftermath, kind, step):
 
 
 def test_after_all_crashes_the_books_are_exact(aftermath):
-    """Every event at one offset, counters that add up, windows = rows, Stripe = whole credits, no name twice."""
+    """One offset for each event, counters add up, windows = rows, Stripe = whole credits, no name twice."""
     _, wrong = aftermath
 
     assert wrong == []

@@ -52,7 +52,7 @@ def all_applied(stack):
 
 
 def test_fausts_own_command_meters(stack, traffic, worker):
-    """`faust -A meterline.metering.worker worker`: pages answer on the port of the environment, events count."""
+    """`faust -A meterline.metering.worker worker`: pages on the port of the environment, events count."""
     worker.start(command=FAUST)
     until(worker.is_ready, "ready")
     traffic.publish(200)

@@ -104,7 +104,8 @@ def _started(pid: int) -> str | None:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         except (FileNotFoundError, ProcessLookupError):
             return None
-        # A killed process whose first thread is gone holds its ports until its last thread is (num_threads, the 18th).
+        # A killed process whose first thread is gone holds its ports until its last thread is gone too:
+        # num_threads is the 18th of these fields.
         gone = fields[0] in "ZX" and int(fields[17]) <= 1
         return None if gone else f"{boot}:{fields[19]}"
     listed = subprocess.run(  # noqa: S603 - a fixed command

@@ -135,7 +135,7 @@ class MeteringOwner(PartitionOwner):
     @property
     def pending(self) -> int:
         """Records taken in and not yet committed."""
-        return self._meter.pending
+        return self._meter.pending if hasattr(self, "_meter") else 0  # a restore that halted took none
 
     def on_idle(self, now_ms: int) -> None:
         """Let wall time close what is due."""

@@ -301,7 +301,7 @@ class Engine:
 
     def _notice_idle(self, held: OwnedPartition) -> None:
         now = time.monotonic()
-        # Two checks apart: a chunk may be on its way from the consumer's thread, the position has moved already.
+        # Two checks, apart: a chunk may be on its way from the consumer's thread that has moved the position.
         if held.owner.pending or now - held.idle_since < self._limits.idle_after_s:
             return
         now_ms = time.time_ns() // 1_000_000
