@@ -29,7 +29,7 @@ WATERMARK_SECONDS = Gauge(
     "meterline_watermark_timestamp_seconds", "Event time up to which windows are closed.", ["partition"]
 )
 WINDOWS_OPEN = Gauge("meterline_windows_open", "Windows of clients still taking events.", ["partition"])
-WINDOWS_PUBLISHED = Counter("meterline_windows_published", "Snapshots by kind: closed or late.", ["kind"])
+WINDOWS_PUBLISHED = Counter("meterline_windows_published", "Snapshots published, late ones too.")
 PENDING_EVENTS = Gauge("meterline_pending_events", "Events taken in and not yet committed.")
 FLUSH_STEP_SECONDS = Histogram(
     "meterline_flush_step_seconds",

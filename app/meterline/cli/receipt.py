@@ -221,7 +221,7 @@ def _outcome(record: RecordState) -> str:
             f"Stripe: {counted}, usage record of {record.value}: {record.state}{because}, {record.identifier}"
         )
     if record.state:
-        return f"Stripe: meter {record.meter}: {record.state}{because}"
+        return f"Stripe: {record.state}{because}"
     return f"Stripe: {counted}, no whole unit to report"
 
 

@@ -197,7 +197,7 @@ class MeteringOwner(PartitionOwner):
         for dead in flush.dead_letters:
             DEAD_LETTERS.labels(dead.reason).inc()
         for snapshot in flush.snapshots:
-            WINDOWS_PUBLISHED.labels("snapshot").inc()
+            WINDOWS_PUBLISHED.inc()
             log.info(
                 "window closed",
                 client=snapshot.ref.client_id,
