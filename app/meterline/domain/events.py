@@ -122,7 +122,8 @@ def check_event(event: UsageEvent, appended_at: int) -> None:
         DeadLetterError: with the reason code of the first rule that is broken.
     """
     ids = (event.client_id, event.event_id, event.correlation_id, event.sku)
-    if not all(ids) or max(map(len, ids)) > _SURELY_SHORT or event.source or event.reservation_id:
+    longest = max(*map(len, ids), len(event.source), len(event.reservation_id or ""))
+    if longest > _SURELY_SHORT or not all(ids):
         _check_ids(event)
     if event.attributes:
         _check_attributes(event.attributes)

@@ -63,7 +63,6 @@ class OwnedPartition:
     commit_turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     kick: asyncio.Event = field(default_factory=asyncio.Event)
     flushing: asyncio.Task[None] | None = None
-    flushed_at: float = field(default_factory=time.monotonic)
     seen_idle_at: int | None = None
     idle_since: float = 0.0
 
@@ -93,7 +92,6 @@ class Engine:
         self.partitions: dict[int, OwnedPartition] = {}
         self.halted: dict[int, str] = {}
         self.wanted: set[int] = set()
-        self.moved_at = time.monotonic()
         self._group = group
         self._changelog = changelog
         self._kafka = kafka
@@ -255,7 +253,6 @@ class Engine:
         held.next_offset = chunk.offset + 1
         held.unacknowledged.append((chunk.offset, event))
         held.seen_idle_at = None
-        self.moved_at = time.monotonic()
         await asyncio.sleep(0)
         await self._wait_for_space()
 
@@ -281,7 +278,6 @@ class Engine:
                 await self._until_next_flush(held)
                 self._notice_idle(held)
                 await held.owner.flush()
-                held.flushed_at = self.moved_at = time.monotonic()
                 self._space.set()
         except asyncio.CancelledError:
             raise
