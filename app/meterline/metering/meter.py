@@ -13,7 +13,13 @@ from typing import Any
 from meterline.domain.dedupe import DedupeIndex
 from meterline.domain.events import UsageEvent, check_event, identity_hash, payload_digest
 from meterline.domain.reasons import Reason
-from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal, WindowRef, WindowSnapshot
+from meterline.domain.windows import (
+    SKUS_PER_WINDOW_MAX,
+    SkuTotal,
+    WindowRef,
+    WindowSnapshot,
+    window_start_of,
+)
 from meterline.errors import DeadLetterError
 from meterline.metering.state import (
     Counters,
@@ -200,7 +206,7 @@ class Meter:
 
     def _fold(self, event: UsageEvent, offset: int) -> None:
         """Add to the window, or refuse before anything is changed."""
-        start = event.occurred_at - event.occurred_at % self._length
+        start = window_start_of(event.occurred_at, self._length)
         key = (start, event.client_id)
         window = self.windows.get(key)
         total = window.skus.get(event.sku) if window is not None else None
