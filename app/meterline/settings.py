@@ -19,6 +19,7 @@ __all__ = [
     "ClickHouseSettings",
     "KafkaSettings",
     "MeteringSettings",
+    "QuotaSettings",
     "RedisSettings",
     "Settings",
     "StripeSettings",
@@ -77,6 +78,8 @@ class RedisSettings(BaseModel):
     """Where the credit buckets are."""
 
     url: str = "redis://127.0.0.1:16379/0"
+    namespace: str = Field("meterline", pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    """First part of every key, so that two installations can share a server."""
 
 
 class StripeSettings(BaseModel):
@@ -142,12 +145,37 @@ class BillingSettings(BaseModel):
     """How often a held window is looked at again."""
 
 
+class QuotaSettings(BaseModel):
+    """How credit buckets guard the work. Units are in the names."""
+
+    timeout_ms: int = Field(250, ge=1, le=60_000)
+    """How long one decision waits for Redis before the client's policy decides."""
+    batch_window_us: int = Field(500, ge=0, le=100_000)
+    """Concurrent calls of a process are collected this long into one call to Redis."""
+    reservation_ttl_s: float = Field(60.0, gt=0, le=3_600)
+    """How long a task's hold stands without being renewed; running tasks renew."""
+    reservation_ttl_max_s: float = Field(300.0, gt=0, le=86_400)
+    """No hold may ask for more; after a lost Redis the buckets stay closed this long (log time)."""
+    clock_skew_ms: int = Field(1_000, ge=0, le=60_000)
+    """How far the clocks of Redis, the brokers and the workers may differ: a hold expires this much later."""
+    spool_dir: str = ""
+    """Where finished usage waits for Kafka; empty: `meterline-spool` in the working directory."""
+    spool_bytes_max: int = Field(1024 * 1024 * 1024, ge=1024 * 1024)
+    """Finished usage not yet published; at this limit new work is refused."""
+    webhook_url: str = ""
+    """Alerts are also posted here; empty: nowhere."""
+    webhook_secret: SecretStr = SecretStr("")
+    """Key of the HMAC-SHA256 signature of each post."""
+    webhook_allow_private: bool = False
+    """Addresses inside the own network are refused unless this is set."""
+
+
 class WorkerSettings(BaseModel):
     """What every worker process shares."""
 
     web_host: str = "127.0.0.1"
     web_port: int = Field(0, ge=0, le=65_535)
-    """Health and metrics; 0: metering 6066, billing 6067."""
+    """Health and metrics; 0: metering 6066, billing 6067, quota 6068."""
     session_timeout_ms: int = Field(10_000, ge=6_000)
     instance_id: str = ""
     """Static membership: one stable name per worker slot; empty: dynamic membership."""
@@ -163,10 +191,11 @@ class Settings(BaseSettings):
 
     kafka: KafkaSettings = KafkaSettings()
     clickhouse: ClickHouseSettings = ClickHouseSettings()
-    redis: RedisSettings = RedisSettings()
+    redis: RedisSettings = RedisSettings()  # type: ignore[call-arg]
     stripe: StripeSettings = StripeSettings()
     metering: MeteringSettings = MeteringSettings()  # type: ignore[call-arg]  # defaults stand in Field()
     billing: BillingSettings = BillingSettings()  # type: ignore[call-arg]
+    quota: QuotaSettings = QuotaSettings()  # type: ignore[call-arg]
     worker: WorkerSettings = WorkerSettings()  # type: ignore[call-arg]
 
 

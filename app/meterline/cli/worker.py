@@ -14,7 +14,9 @@ app = typer.Typer(no_args_is_help=True, help="Run a worker. Start as many as the
 
 WebPort = Annotated[
     int | None,
-    typer.Option(help="Health and metrics; default: metering 6066, billing 6067.", min=1, max=65_535),
+    typer.Option(
+        help="Health and metrics; default: metering 6066, billing 6067, quota 6068.", min=1, max=65_535
+    ),
 ]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 

@@ -8,16 +8,21 @@ from typing import Any
 from meterline.domain.encoding import canonical
 from meterline.domain.events import Correction, CorrectionKind, UsageEvent
 from meterline.domain.reasons import Reason
+from meterline.domain.totals import UsageProgress, UsageTotal
 from meterline.domain.windows import SkuTotal, WindowRef, WindowSnapshot
 from meterline.errors import DeadLetterError
 
 __all__ = [
     "event_from_record",
     "event_to_record",
+    "progress_from_record",
     "progress_key",
+    "progress_to_record",
     "snapshot_from_record",
     "snapshot_to_record",
+    "total_from_record",
     "total_key",
+    "total_to_record",
 ]
 
 
@@ -91,6 +96,48 @@ def snapshot_from_record(record: dict[str, Any]) -> WindowSnapshot:
     if len(skus) != len(record["skus"]):
         raise DeadLetterError(Reason.INVALID_FIELD, "a SKU stands in the snapshot twice")
     return WindowSnapshot(ref, record["cutoff_offset"], skus, record["closed_at"], record["watermark"])
+
+
+def total_to_record(total: UsageTotal) -> dict[str, Any]:
+    """A `usage-total` record."""
+    return {"topic_id": total.topic_id, "source_partition": total.partition} | {
+        "client_id": total.client_id,
+        "cutoff_offset": total.cutoff_offset,
+        **asdict(total.sums),
+    }
+
+
+def total_from_record(record: dict[str, Any]) -> UsageTotal:
+    """The statement in a decoded `usage-total` record."""
+    return UsageTotal(
+        record["topic_id"],
+        record["source_partition"],
+        record["client_id"],
+        record["cutoff_offset"],
+        SkuTotal(
+            record["count"], record["credits_micro"], record["free_count"], record["free_credits_micro"]
+        ),
+    )
+
+
+def progress_to_record(progress: UsageProgress) -> dict[str, Any]:
+    """A `usage-progress` record."""
+    return {
+        "topic_id": progress.topic_id,
+        "source_partition": progress.partition,
+        "accounted_until": progress.accounted_until,
+        "published_until": progress.published_until,
+    }
+
+
+def progress_from_record(record: dict[str, Any]) -> UsageProgress:
+    """The statement in a decoded `usage-progress` record."""
+    return UsageProgress(
+        record["topic_id"],
+        record["source_partition"],
+        record["accounted_until"],
+        record["published_until"],
+    )
 
 
 def total_key(topic_id: str, partition: int, client_id: str) -> bytes:

@@ -1,0 +1,1 @@
+"""Credit buckets: no work starts without credits."""
