@@ -146,6 +146,7 @@ def differences(stack: RunningStack, traffic: Traffic) -> list[str]:
             *_wrong_rows(ledger, traffic),
             *_wrong_counters(stack, ledger, traffic),
             *_wrong_windows(stack, ledger),
+            *_wrong_totals(stack, ledger),
             *_wrong_billing(stack, ledger, traffic),
         ]
 
@@ -234,6 +235,47 @@ def _wrong_windows(stack: RunningStack, ledger: ClickHouse) -> Iterator[str]:
         different = [w for w in summed.keys() | told.keys() if summed.get(w) != told.get(w)]
         first = min(different)
         yield f"{len(different)} windows differ, {first}: rows {summed.get(first)}, told {told.get(first)}"
+
+
+def _wrong_totals(stack: RunningStack, ledger: ClickHouse) -> Iterator[str]:
+    """For every client and partition: sum of the rows = total with the highest cutoff, and behind a progress
+    no total is missing.
+    """
+    total, progress = (
+        fastavro.parse_schema(json.loads((schemas_dir() / name / "v1.avsc").read_text()))
+        for name in ("usage-total", "usage-progress")
+    )
+    amounts: dict[tuple[int, str, int], tuple[int, int]] = {}
+    latest: dict[tuple[int, str], tuple[int, int, int]] = {}
+    published: dict[int, int] = {}
+    for message in committed(stack, "usage.totals"):
+        is_total = message.key().startswith(b"17:meterline.total.1,")
+        schema = total if is_total else progress
+        said = fastavro.schemaless_reader(BytesIO(message.value()[SINGLE_OBJECT_HEADER:]), schema, None)
+        partition = said["source_partition"]
+        if not is_total:
+            published[partition] = max(published.get(partition, -1), said["published_until"])
+            continue
+        client, cutoff = said["client_id"], said["cutoff_offset"]
+        amount = (said["count"], said["credits_micro"])
+        if amounts.setdefault((partition, client, cutoff), amount) != amount:
+            yield f"the total of {client} in {partition} says two things as of {cutoff}"
+        if cutoff <= published.get(partition, -1) and latest.get((partition, client), (-1,))[0] < cutoff:
+            yield f"a total of {client} as of {cutoff} came behind progress {published[partition]}"
+        latest[partition, client] = max(latest.get((partition, client), (-1, 0, 0)), (cutoff, *amount))
+    rows = ledger.execute(
+        "SELECT `partition`, client_id, count(), sum(credits_micro) "
+        f"FROM ({ONE_OF_EACH_OFFSET}) GROUP BY `partition`, client_id"
+    )
+    summed = {(partition, client): (count, micro) for partition, client, count, micro in rows}
+    told = {key: (count, micro) for key, (_, count, micro) in latest.items()}
+    if summed != told:
+        different = [key for key in summed.keys() | told.keys() if summed.get(key) != told.get(key)]
+        first = min(different)
+        yield f"{len(different)} totals differ, {first}: rows {summed.get(first)}, told {told.get(first)}"
+    ends = {partition: end - 1 for partition, end in log_ends(stack, "usage.events").items()}
+    if published != ends:
+        yield f"totals are published up to {published}, the log ends at {ends}"
 
 
 def _wrong_billing(stack: RunningStack, ledger: ClickHouse, traffic: Traffic) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import accumulate
 from typing import NamedTuple
 
 from hypothesis import given, settings
@@ -115,6 +116,20 @@ class Model:
     def _payload(event):
         return (event.client_id, event.sku, event.credits_micro, event.billable, event.corrects)
 
+    def totals(self, cutoff):
+        """What each client has ever used."""
+        totals = {}
+        for (_, client), skus in self.windows(cutoff).items():
+            for sku in skus.values():
+                old = totals.get(client, SkuTotal())
+                totals[client] = SkuTotal(
+                    old.count + sku.count,
+                    old.credits_micro + sku.credits_micro,
+                    old.free_count + sku.free_count,
+                    old.free_credits_micro + sku.free_credits_micro,
+                )
+        return totals
+
     def windows(self, cutoff):
         totals = defaultdict(dict)
         for offset, record in self.accepted.items():
@@ -139,6 +154,7 @@ class Worker:
     def __init__(self, log, options):
         self.log, self.options = log, options
         self.ledger, self.dead, self.snapshots = {}, {}, []
+        self.totals, self.progress = [], []
         self.duplicates, self.now = 0, START
         meta = Meta("cluster", "topic", FIRST - 1, 0, 0, LENGTH, Counters(first_offset=FIRST))
         self.state = {meta_key(0): meta.to_bytes()}
@@ -203,6 +219,9 @@ class Worker:
             counters.accepted + counters.duplicates + counters.dead_letters + counters.skipped
         )
         self.snapshots += flush.snapshots
+        self.totals += flush.totals
+        if flush.progress is not None:
+            self.progress.append((flush.progress, len(self.totals)))
         self.duplicates += flush.duplicates
         for dead in flush.dead_letters:
             assert dead.record.offset not in self.dead
@@ -221,7 +240,9 @@ options_of_a_worker = st.builds(
 steps = st.lists(
     st.tuples(
         st.integers(0, 6),
-        st.sampled_from(["take", "flush", "flush", "feed in a flush", "idle", "crash", "lost flush"]),
+        st.sampled_from(
+            ["take", "flush", "flush", "feed in a flush", "idle", "caught up", "crash", "lost flush"]
+        ),
         st.sampled_from([0, 1_000, 4_000]),
         options_of_a_worker,
     ),
@@ -241,6 +262,10 @@ def run(worker, plan):
             worker.commit(flush)
         elif step == "idle":
             worker.meter.advance_watermark(START + pause * 10)
+            worker.commit(worker.build())
+        elif step == "caught up":
+            worker.take(len(worker.log))
+            worker.meter.caught_up(START + pause)
             worker.commit(worker.build())
         elif step == "crash":
             worker.restart(options)
@@ -284,6 +309,35 @@ def test_everything_that_is_said_is_a_function_of_the_log(log, options, plan):
         assert key not in latest or latest[key][0] < snapshot.cutoff_offset, "said twice"
         latest[key] = (snapshot.cutoff_offset, snapshot.skus)
     assert model.windows(2**63) == {key: skus for key, (_, skus) in latest.items()}
+
+
+@settings(max_examples=250, deadline=None)
+@given(logs(), options_of_a_worker, steps)
+def test_totals_and_progress_are_true_for_ever(log, options, plan):
+    """A total is the model's at its cutoff; behind a progress no total up to its offset is missing, and no
+    record appended at or before its time; both only grow. (A broker's clock that steps back is what the
+    skew margin of the reservations is for.)
+    """
+    newest = accumulate((record.timestamp for record in log), max)
+    log = [record._replace(timestamp=timestamp) for record, timestamp in zip(log, newest, strict=True)]
+    model = Model(log)
+    worker = Worker(log, options)
+    run(worker, plan)
+
+    for total in worker.totals:
+        assert model.totals(total.cutoff_offset)[total.client_id] == total.sums
+    before = (-1, -1)
+    for progress, published in worker.progress:
+        said = {total.client_id: total.sums for total in worker.totals[:published]}
+        assert model.totals(progress.published_until) == said
+        behind = [record.timestamp for record in log if record.offset > progress.published_until]
+        assert all(timestamp > progress.accounted_until for timestamp in behind)
+        after = (progress.published_until, progress.accounted_until)
+        assert before[0] <= after[0]
+        assert before[1] <= after[1]
+        assert before != after
+        before = after
+    assert model.totals(2**63) == {total.client_id: total.sums for total in worker.totals}
 
 
 @settings(max_examples=60, deadline=None)

@@ -61,6 +61,12 @@ def window_at(total):
     return ready
 
 
+def lifetime_at(total):
+    ready = meter()
+    ready.adopt_totals({"acme": SkuTotal(1, total)})
+    return ready
+
+
 def full_window():
     ready = meter()
     ready._window(WINDOW, "acme").skus.update({f"s{n}": SkuTotal(1, 1) for n in range(SKUS_PER_WINDOW_MAX)})
@@ -108,6 +114,9 @@ CASES = {
     "window total reaches the int64 edge": Case((encoded(),), "ledger", "", lambda: window_at(INT64_MAX - 5)),
     "window total beyond the int64 edge": Case(
         (encoded(),), "dead letter", Reason.WINDOW_TOTAL_OUT_OF_RANGE, lambda: window_at(INT64_MAX - 4)
+    ),
+    "lifetime total beyond the int64 edge": Case(
+        (encoded(),), "dead letter", Reason.LIFETIME_TOTAL_OUT_OF_RANGE, lambda: lifetime_at(INT64_MAX - 4)
     ),
     "too many SKUs": Case((encoded(),), "dead letter", Reason.TOO_MANY_SKUS, full_window),
     "one more event in a full window's SKU": Case((encoded(sku="s0"),), "ledger", "", full_window),

@@ -98,8 +98,8 @@ def test_a_state_inside_the_log_goes_on(applied):
         ({"applied_offset": 49}, r"offsets 50\.\.99 are gone from the log"),
         ({"applied_offset": 200}, r"offsets 200\.\.200 were counted, but the log ends at 199"),
         ({"applied_offset": 250}, r"offsets 200\.\.250 were counted, but the log ends at 199"),
-        ({"format": 2}, "written with format 2 and rules 1; this version has format 1"),
-        ({"rules": 2}, "written with format 1 and rules 2"),
+        ({"format": 3}, "written with format 3 and rules 1; this version has format 2"),
+        ({"rules": 2}, "written with format 2 and rules 2"),
         ({"window_length_ms": 60_000}, "METERLINE_METERING__WINDOW_LENGTH_MS=60000"),
     ],
 )
@@ -136,3 +136,10 @@ def test_a_message_about_many_windows_stays_readable():
         check_windows(kept, {}, META, 3)
 
     assert str(halted.value).count("client acme") == DIFFERENCES_SHOWN_MAX
+
+
+@given(ids, st.builds(SkuTotal, int64, int64, int64, int64), int64)
+def test_a_total_is_read_back(client, sums, last_offset):
+    """Client ids may hold anything."""
+    assert client == state.parse_total_key(state.total_key(3, client))
+    assert (sums, last_offset) == state.parse_total_value(state.total_value(sums, last_offset))

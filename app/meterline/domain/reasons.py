@@ -30,3 +30,5 @@ class Reason(StrEnum):
     """The window of this client already holds the largest number of SKUs."""
     WINDOW_TOTAL_OUT_OF_RANGE = "window_total_out_of_range"
     """The window's total would leave the int64 range."""
+    LIFETIME_TOTAL_OUT_OF_RANGE = "lifetime_total_out_of_range"
+    """All the client has ever used would leave the int64 range."""

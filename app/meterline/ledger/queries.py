@@ -168,6 +168,32 @@ def kept_windows(  # noqa: PLR0917 - six plain facts, in the order of dedupe_row
     return {(start, client_id, sku): SkuTotal(*totals) for start, client_id, sku, *totals in rows}
 
 
+def lifetime_totals(
+    client: Client, topic_id: str, partition: int, applied_offset: int
+) -> dict[str, SkuTotal]:
+    """What each client has ever used from one source partition, up to an offset.
+
+    Returns:
+        client id -> totals over all SKUs.
+    """
+    rows = _execute(
+        client,
+        f"""
+        SELECT client_id, {_SKU_TOTALS}
+        FROM
+        (
+            SELECT client_id, billable, credits_micro
+            FROM events
+            WHERE topic_id = %(topic_id)s AND `partition` = %(partition)s AND `offset` <= %(applied_offset)s
+            LIMIT 1 BY `offset`
+        )
+        GROUP BY client_id
+        """,  # noqa: S608 - only the constant above is put in
+        {"topic_id": topic_id, "partition": partition, "applied_offset": applied_offset},
+    )
+    return {client_id: SkuTotal(*totals) for client_id, *totals in rows}
+
+
 def _groups(windows: Sequence[tuple[WindowRef, int]]) -> list[list[int]]:
     """Indexes of windows one query can sum: same time and source partition, each client once."""
     groups: dict[tuple[int, int, str, int, int], list[int]] = {}

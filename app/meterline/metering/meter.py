@@ -13,6 +13,7 @@ from typing import Any
 from meterline.domain.dedupe import DedupeIndex
 from meterline.domain.events import UsageEvent, check_event, identity_hash, payload_digest
 from meterline.domain.reasons import Reason
+from meterline.domain.totals import UsageProgress, UsageTotal
 from meterline.domain.windows import (
     SKUS_PER_WINDOW_MAX,
     SkuTotal,
@@ -30,8 +31,12 @@ from meterline.metering.state import (
     parse_aggregate_key,
     parse_aggregate_value,
     parse_published_value,
+    parse_total_key,
+    parse_total_value,
     parse_window_key,
     published_value,
+    total_key,
+    total_value,
     window_key,
 )
 from meterline.settings import MeteringSettings
@@ -39,6 +44,10 @@ from meterline.settings import MeteringSettings
 __all__ = ["DeadLetter", "Flush", "Meter", "WindowKey"]
 
 INT64_MAX = 2**63 - 1
+
+TOTALS_INTERVAL_MS = 1_000
+"""How often totals are published, and the progress behind them: a credit bucket needs no finer clock, and a
+client with 10,000 events a second costs one record, not 10,000."""
 
 EVENT_FIELDS = 10
 """Fields of an event that are columns as they are; the eleventh is the correction."""
@@ -71,6 +80,14 @@ class OpenWindow:
     """The window was evicted: its sums so far stand in the ledger and must be added before a flush."""
 
 
+@dataclass(slots=True)
+class ClientTotal:
+    """All that one client has ever used from this partition, over all SKUs."""
+
+    sums: SkuTotal = field(default_factory=SkuTotal)
+    last_offset: int = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Flush:
     """What one flush writes, decided and not to be changed."""
@@ -79,6 +96,9 @@ class Flush:
     """Columns of the ledger's `events`, in the order of `ledger.tables.EVENT_COLUMNS`."""
     changelog: list[tuple[bytes, bytes | None]]
     snapshots: list[WindowSnapshot]
+    totals: list[UsageTotal]
+    progress: UsageProgress | None
+    """After the totals; None when it isn't time for them."""
     dead_letters: list[DeadLetter]
     meta: Meta
     duplicates: int
@@ -111,9 +131,14 @@ class Meter:
         self._decode = decode
         self._length = meta.window_length_ms
         self._appended_at = meta.appended_at
+        self._totals: dict[str, ClientTotal] = {}
+        self._unpublished_totals: set[str] = set()
+        self._totals_published_at = 0
+        self._caught_up_until = 0
         self._clients_by_start: dict[int, set[str]] = {}
         self._unpublished: dict[int, set[str]] = {}
         self._changed: dict[WindowKey, set[str]] = {}
+        self._changed_totals: set[str] = set()
         self._start_collecting()
 
     def _start_collecting(self) -> None:
@@ -124,7 +149,7 @@ class Meter:
     # -- restore
 
     def restore(self, state: Mapping[bytes, bytes]) -> None:
-        """Bring back the windows from the committed state."""
+        """Bring back the windows and the totals from the committed state."""
         for key, value in state.items():
             kind = key[2:3]
             if kind == b"A":
@@ -133,11 +158,23 @@ class Meter:
             elif kind == b"W":
                 window = self._window(*parse_window_key(key))
                 window.published_cutoff, window.last_offset = parse_published_value(value)
+            elif kind == b"T":
+                client = parse_total_key(key)
+                total = self._totals[client] = ClientTotal(*parse_total_value(value))
+                if total.last_offset > self.meta.published_until:
+                    self._unpublished_totals.add(client)
         for (start, client), window in self.windows.items():
             if window.published_cutoff < 0:
                 window.last_offset = self.meta.applied_offset
             if window.last_offset > window.published_cutoff:
                 self._unpublished.setdefault(start, set()).add(client)
+
+    def adopt_totals(self, sums: Mapping[str, SkuTotal]) -> None:
+        """Take over from the ledger what an older state format did not hold: all published anew."""
+        for client, of_client in sums.items():
+            self._totals[client] = ClientTotal(of_client, self.meta.applied_offset)
+        self._changed_totals.update(sums)
+        self._unpublished_totals.update(sums)
 
     def kept_totals(self) -> dict[tuple[int, str, str], SkuTotal]:
         """What memory says every kept window adds up to; the ledger must say the same."""
@@ -223,6 +260,7 @@ class Meter:
             raise DeadLetterError(
                 Reason.WINDOW_TOTAL_OUT_OF_RANGE, f"{event.sku} would add up to {after} micro-credits"
             )
+        self._add_to_lifetime(event, offset)
         if window is None:
             window = self._window(start, event.client_id)
             # It may have been published and evicted: then its sums so far stand in the ledger alone. Asked of
@@ -245,6 +283,30 @@ class Meter:
         else:
             changed.add(event.sku)
 
+    def _add_to_lifetime(self, event: UsageEvent, offset: int) -> None:
+        """Add to the client's total, or refuse before anything is changed."""
+        client = event.client_id
+        total = self._totals.get(client)
+        if total is None:
+            total = ClientTotal()
+        sums = total.sums
+        before = sums.credits_micro if event.billable else sums.free_credits_micro
+        after = before + event.credits_micro
+        if not -INT64_MAX <= after <= INT64_MAX:
+            raise DeadLetterError(
+                Reason.LIFETIME_TOTAL_OUT_OF_RANGE,
+                f"the client's usage would add up to {after} micro-credits",
+            )
+        if event.billable:
+            sums.count += 1
+            sums.credits_micro = after
+        else:
+            sums.free_count += 1
+            sums.free_credits_micro = after
+        total.last_offset = offset
+        self._totals[client] = total
+        self._changed_totals.add(client)
+
     def _is_closed(self, start: int) -> bool:
         return start + self._length + self._settings.grace_ms <= self.watermark
 
@@ -254,6 +316,10 @@ class Meter:
     def advance_watermark(self, to: int) -> None:
         """Wall time counts as event time on an idle partition: snapshots are true whatever the moment."""
         self.watermark = max(self.watermark, to)
+
+    def caught_up(self, log_time_ms: int) -> None:
+        """Everything the broker appended at or before this time has been taken in."""
+        self._caught_up_until = max(self._caught_up_until, log_time_ms)
 
     # -- flush
 
@@ -304,10 +370,12 @@ class Meter:
         """Decide what to write; None when there is nothing.
 
         Args:
-            now_ms: becomes `closed_at` of the snapshots and bounds the cadence of late ones; nothing else.
+            now_ms: becomes `closed_at` of the snapshots and bounds the cadence of late ones and of totals;
+                nothing else.
         """
         due = self.due_windows(now_ms)
-        if not self.pending and not due:
+        totals_due = self._are_totals_due(now_ms)
+        if not self.pending and not due and not totals_due:
             return None
         cutoff = self.next_offset - 1
         changelog: list[tuple[bytes, bytes | None]] = []
@@ -322,23 +390,52 @@ class Meter:
         snapshots = [self._publish(start, client, cutoff, now_ms) for start, client in due]
         changelog += [self._window_record(*key, self.windows[key]) for key in due]
         changelog += self._evict(now_ms)
+        self._unpublished_totals |= self._changed_totals
+        for client in self._changed_totals:
+            total = self._totals[client]
+            changelog.append((total_key(self.partition, client), total_value(total.sums, total.last_offset)))
+        totals, progress = self._publish_totals(cutoff, now_ms) if totals_due else ([], None)
         flush = Flush(
             rows=[list(column) for column in zip(*self._rows, strict=True)],
             changelog=changelog,
             snapshots=snapshots,
+            totals=totals,
+            progress=progress,
             dead_letters=self._dead,
-            meta=self._next_meta(cutoff),
+            meta=self._next_meta(cutoff, progress),
             duplicates=self._duplicates,
             late=self._late,
         )
         changelog.append((meta_key(self.partition), flush.meta.to_bytes()))
         self._changed = {}
+        self._changed_totals = set()
         self._start_collecting()
         return flush
 
     def committed(self, flush: Flush) -> None:
         """The broker has the flush."""
         self.meta = flush.meta
+
+    def _accounted_until(self) -> int:
+        """Log time up to which nothing can be missing: more records may share the newest append time."""
+        return max(self.meta.accounted_until, self._caught_up_until, self._appended_at - 1)
+
+    def _are_totals_due(self, now_ms: int) -> bool:
+        if now_ms - self._totals_published_at < TOTALS_INTERVAL_MS:
+            return False
+        meta = self.meta
+        return self._accounted_until() > meta.accounted_until or self.next_offset - 1 > meta.published_until
+
+    def _publish_totals(self, cutoff: int, now_ms: int) -> tuple[list[UsageTotal], UsageProgress]:
+        """Every total that changed, then the progress: behind it no total is missing."""
+        topic_id = self.meta.topic_id
+        totals = [
+            UsageTotal(topic_id, self.partition, client, cutoff, replace(self._totals[client].sums))
+            for client in sorted(self._unpublished_totals)
+        ]
+        self._unpublished_totals = set()
+        self._totals_published_at = now_ms
+        return totals, UsageProgress(topic_id, self.partition, self._accounted_until(), cutoff)
 
     def _publish(self, start: int, client: str, cutoff: int, now_ms: int) -> WindowSnapshot:
         window = self.windows[start, client]
@@ -379,13 +476,15 @@ class Meter:
                 del self._clients_by_start[start]
         return forgotten
 
-    def _next_meta(self, cutoff: int) -> Meta:
-        counters = self.meta.counters
+    def _next_meta(self, cutoff: int, progress: UsageProgress | None) -> Meta:
+        counters, meta = self.meta.counters, self.meta
         return replace(
             self.meta,
             applied_offset=cutoff,
             appended_at=self._appended_at,
             watermark=self.watermark,
+            published_until=progress.published_until if progress else meta.published_until,
+            accounted_until=progress.accounted_until if progress else meta.accounted_until,
             counters=Counters(
                 counters.first_offset,
                 counters.accepted + len(self._rows),

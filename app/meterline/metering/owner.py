@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.partitioner import partition_for
-from meterline.contracts.records import event_from_record, snapshot_to_record
-from meterline.contracts.topics import USAGE_EVENTS_DLQ, USAGE_WINDOWS
+from meterline.contracts.records import (
+    event_from_record,
+    progress_key,
+    progress_to_record,
+    snapshot_to_record,
+    total_key,
+    total_to_record,
+)
+from meterline.contracts.topics import USAGE_EVENTS_DLQ, USAGE_TOTALS, USAGE_WINDOWS
 from meterline.domain.dedupe import DedupeIndex
 from meterline.domain.events import UsageEvent
+from meterline.domain.totals import UsageProgress, UsageTotal
 from meterline.domain.windows import WindowSnapshot
 from meterline.ledger import queries
 from meterline.ledger.reader import LedgerReader
@@ -20,7 +28,7 @@ from meterline.ledger.writer import LedgerWriter
 from meterline.logs import get_logger
 from meterline.metering.checks import check_log, check_windows, first_meta
 from meterline.metering.meter import DeadLetter, Flush, Meter
-from meterline.metering.state import Meta, meta_key
+from meterline.metering.state import FORMAT_VERSION, Meta, meta_key
 from meterline.metrics import (
     DEAD_LETTERS,
     EVENTS_TAKEN,
@@ -37,6 +45,8 @@ __all__ = ["MeteringOwner", "MeteringTools"]
 
 log = get_logger(__name__)
 
+FORMAT_WITHOUT_TOTALS = 1
+
 
 @dataclass(frozen=True, slots=True)
 class MeteringTools:
@@ -47,6 +57,8 @@ class MeteringTools:
     reader: LedgerReader
     events: RecordCodec
     windows: RecordCodec
+    totals: RecordCodec
+    progress: RecordCodec
     dead_letters: RecordCodec
     window_partitions: int
 
@@ -79,6 +91,9 @@ class MeteringOwner(PartitionOwner):
             await commit(Commit([(meta_key(log.partition), meta.to_bytes())], [], meta.applied_offset))
         else:
             meta = Meta.from_bytes(saved)
+        lacks_totals = meta.format == FORMAT_WITHOUT_TOTALS
+        if lacks_totals:
+            meta = replace(meta, format=FORMAT_VERSION)
         check_log(meta, log, settings)
         seen = DedupeIndex(settings.dedupe_horizon_ms)
         seen.add_all(
@@ -92,6 +107,10 @@ class MeteringOwner(PartitionOwner):
         )
         self._meter = Meter(log.partition, settings, self._decoder(), meta, seen)
         self._meter.restore(state)
+        if lacks_totals:
+            self._meter.adopt_totals(
+                await reader.ask(queries.lifetime_totals, log.topic_id, log.partition, meta.applied_offset)
+            )
         await self._check_windows(meta)
         self._tell_replayed(in_ledger, meta)
         self._show()
@@ -137,6 +156,10 @@ class MeteringOwner(PartitionOwner):
         """Records taken in and not yet committed."""
         return self._meter.pending if hasattr(self, "_meter") else 0  # a restore that halted took none
 
+    def on_caught_up(self, log_time_ms: int) -> None:
+        """The log's clock goes on although nothing arrives."""
+        self._meter.caught_up(log_time_ms)
+
     def on_idle(self, now_ms: int) -> None:
         """Let wall time close what is due."""
         self._meter.advance_watermark(now_ms - self._tools.settings.allowed_lateness_ms)
@@ -160,6 +183,9 @@ class MeteringOwner(PartitionOwner):
             reached(Step.ROWS_INSERTED)
         outputs = [self._window_output(snapshot) for snapshot in flush.snapshots]
         outputs += [self._dead_letter_output(dead) for dead in flush.dead_letters]
+        outputs += [self._total_output(total) for total in flush.totals]
+        if flush.progress is not None:
+            outputs.append(self._progress_output(flush.progress))  # behind every total it speaks of
         with FLUSH_STEP_SECONDS.labels("commit").time():
             await self._commit(Commit(flush.changelog, outputs, flush.meta.applied_offset))
         self._meter.committed(flush)
@@ -186,6 +212,15 @@ class MeteringOwner(PartitionOwner):
         }
         # One hung worker must not hold up the readers of other partitions: source partition = dlq partition.
         return Output(USAGE_EVENTS_DLQ, self._partition, record.key, self._tools.dead_letters.encode(letter))
+
+    def _total_output(self, total: UsageTotal) -> Output:
+        key = total_key(total.topic_id, total.partition, total.client_id)
+        return Output(USAGE_TOTALS, self._partition, key, self._tools.totals.encode(total_to_record(total)))
+
+    def _progress_output(self, progress: UsageProgress) -> Output:
+        key = progress_key(progress.topic_id, progress.partition)
+        value = self._tools.progress.encode(progress_to_record(progress))
+        return Output(USAGE_TOTALS, self._partition, key, value)
 
     # -- what people see
 

@@ -2,6 +2,7 @@
 
     A  aggregate   (window start, client, SKU) -> counts and credits
     W  window      (window start, client)      -> cutoff of the newest published snapshot
+    T  total       (client)                    -> all it has ever used, and its newest event's offset
     M  meta                                    -> where the partition stands (JSON)
 
 Keys of a partition share its prefix, so that one partition's log is totally ordered and equal keys of two
@@ -27,19 +28,24 @@ __all__ = [
     "parse_aggregate_key",
     "parse_aggregate_value",
     "parse_published_value",
+    "parse_total_key",
+    "parse_total_value",
     "parse_window_key",
     "published_value",
+    "total_key",
+    "total_value",
     "window_key",
 ]
 
-FORMAT_VERSION = 1
-"""Of these bytes. A change needs a migration."""
+FORMAT_VERSION = 2
+"""Of these bytes. A change needs a migration. 2 added the totals, which format 1 finds in the ledger."""
 RULE_VERSION = 1
 """Of the rules that decide a record's fate. A new one takes effect above the highest offset in the ledger."""
 
 _HEAD = struct.Struct(">HcqH")  # partition, kind, window start, bytes of the client id
 _AGGREGATE = struct.Struct(">qqqq")
 _OFFSET = struct.Struct(">q")
+_TOTAL_HEAD = struct.Struct(">Hc")  # partition, kind
 
 
 @dataclass(slots=True)
@@ -66,6 +72,10 @@ class Meta:
     watermark: int
     window_length_ms: int
     counters: Counters = field(default_factory=Counters)
+    published_until: int = -1
+    """Offset up to which every total is on `usage.totals`."""
+    accounted_until: int = 0
+    """Log time (ms): everything appended at or before it is accounted and published."""
     format: int = FORMAT_VERSION
     rules: int = RULE_VERSION
 
@@ -118,6 +128,26 @@ def parse_window_key(key: bytes) -> tuple[int, str]:
     """Window start, client."""
     _, _, window_start, _ = _HEAD.unpack_from(key)
     return window_start, key[_HEAD.size :].decode()
+
+
+def total_key(partition: int, client_id: str) -> bytes:
+    """Key of all that one client has ever used."""
+    return _TOTAL_HEAD.pack(partition, b"T") + client_id.encode()
+
+
+def parse_total_key(key: bytes) -> str:
+    """Client."""
+    return key[_TOTAL_HEAD.size :].decode()
+
+
+def total_value(sums: SkuTotal, last_offset: int) -> bytes:
+    """Five signed 64-bit integers: the sums, and the offset of the client's newest event."""
+    return aggregate_value(sums) + _OFFSET.pack(last_offset)
+
+
+def parse_total_value(value: bytes) -> tuple[SkuTotal, int]:
+    """Inverse of total_value."""
+    return parse_aggregate_value(value[: _AGGREGATE.size]), _OFFSET.unpack_from(value, _AGGREGATE.size)[0]
 
 
 def published_value(cutoff_offset: int, last_offset: int) -> bytes:

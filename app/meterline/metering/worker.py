@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from meterline.contracts.codec import RecordCodec
-from meterline.contracts.topics import USAGE_EVENTS, USAGE_EVENTS_DLQ, USAGE_WINDOWS
+from meterline.contracts.topics import USAGE_EVENTS, USAGE_EVENTS_DLQ, USAGE_TOTALS, USAGE_WINDOWS
 from meterline.errors import UserError
 from meterline.ledger.reader import LedgerReader
 from meterline.ledger.writer import LedgerWriter
@@ -32,17 +32,20 @@ def create_app(settings: Settings) -> WorkerApp:
     registry = settings.kafka.registry_url
 
     async def open_owners(counts: Mapping[str, int]) -> Callable[[int], PartitionOwner]:
-        if counts[USAGE_EVENTS_DLQ] < counts[USAGE_EVENTS]:
-            raise UserError(
-                f"{USAGE_EVENTS_DLQ} has {counts[USAGE_EVENTS_DLQ]} partitions, fewer than {USAGE_EVENTS} "
-                f"with {counts[USAGE_EVENTS]}: a dead letter keeps its partition. See: meterline topics plan"
-            )
+        for topic, what in ((USAGE_EVENTS_DLQ, "a dead letter"), (USAGE_TOTALS, "a total")):
+            if counts[topic] < counts[USAGE_EVENTS]:
+                raise UserError(
+                    f"{topic} has {counts[topic]} partitions, fewer than {USAGE_EVENTS} with "
+                    f"{counts[USAGE_EVENTS]}: {what} keeps its partition. See: meterline topics plan"
+                )
         tools = MeteringTools(
             settings=metering,
             writer=writer,
             reader=reader,
             events=RecordCodec("usage-event", registry),
             windows=RecordCodec("usage-window", registry),
+            totals=RecordCodec("usage-total", registry),
+            progress=RecordCodec("usage-progress", registry),
             dead_letters=RecordCodec("dead-letter", registry),
             window_partitions=counts[USAGE_WINDOWS],
         )
@@ -56,7 +59,7 @@ def create_app(settings: Settings) -> WorkerApp:
         WorkerPlan(
             name="metering",
             source_topic=USAGE_EVENTS,
-            other_topics=(USAGE_WINDOWS, USAGE_EVENTS_DLQ),
+            other_topics=(USAGE_WINDOWS, USAGE_TOTALS, USAGE_EVENTS_DLQ),
             limits=EngineLimits(
                 flush_interval_s=metering.flush_interval_ms / 1000,
                 pending_max=metering.pending_events_max,

@@ -89,6 +89,7 @@ class WorkerApp(faust.App):
 
     async def on_start(self) -> None:
         """Build the engine before Faust joins the group."""
+        self.turned_at = time.monotonic()  # the task that goes on with it starts after the first assignment
         counts = await asyncio.to_thread(partition_counts, self.plan, self.kafka)
         make_owner = await self.plan.open(counts)
         table: Any = self.tables["state"]
@@ -102,7 +103,7 @@ class WorkerApp(faust.App):
             make_owner=make_owner,
             before_fencing=self.plan.before_fencing,
             apply_committed=table.apply_committed,
-            caught_up_position=consumer.caught_up_position,
+            caught_up=consumer.caught_up,
             seek_soon=consumer.seek_soon,
         )
         table.take_over = self.engine.take_over

@@ -7,14 +7,29 @@ group's committed offset, which follows for lag displays only.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, cast
 
 from faust.transport.drivers import aiokafka as driver
 
 from meterline.streaming.chunks import split_into_chunks
 
-__all__ = ["ChunkTransport", "Positions"]
+__all__ = ["CaughtUp", "ChunkTransport", "Positions"]
+
+ANSWER_AGE_MS_MAX = 5_000
+"""A position is worth something while answers to fetches come. Faust lets the broker hold an empty fetch for
+1.5 s: below that a quiet, healthy partition would look stale, and its last windows would stay open."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaughtUp:
+    """Nothing readable or still undecided lies behind this position."""
+
+    position: int
+    answered_at_ms: int
+    """When the broker's newest answer came, by the worker's clock."""
 
 
 class Positions(Protocol):
@@ -94,8 +109,8 @@ class CommittedChunksThread(driver.AIOKafkaConsumerThread):
         self._run_ends.clear()
         return await super().seek_to_committed()
 
-    def caught_up_position(self, tp: Any, poll_age_ms_max: int, now_ms: int) -> int | None:
-        """The position, if nothing readable or still undecided lies behind it; otherwise None.
+    def caught_up(self, tp: Any, delivered_until: int) -> CaughtUp | None:
+        """Where the partition stands if everything was read and delivered; otherwise None.
 
         The last stable offset alone isn't enough: records of an open transaction may be older than any limit
         (measured: position == LSO < high watermark).
@@ -105,10 +120,12 @@ class CommittedChunksThread(driver.AIOKafkaConsumerThread):
         state = assignment.state_value(tp) if assignment is not None else None
         if state is None or not state.has_valid_position or state.timestamp is None:
             return None
-        if now_ms - state.timestamp > poll_age_ms_max:
+        if time.time_ns() // 1_000_000 - state.timestamp > ANSWER_AGE_MS_MAX:
             return None
+        if self._run_ends.get(tp, delivered_until) > delivered_until:
+            return None  # a chunk is on its way
         position = cast(int, state.position)
-        return position if position == state.lso == state.highwater else None
+        return CaughtUp(position, state.timestamp) if position == state.lso == state.highwater else None
 
 
 class ChunkConsumer(driver.Consumer):
@@ -157,12 +174,12 @@ class ChunkConsumer(driver.Consumer):
         await self._positions().before_revoke()
         await super().on_partitions_revoked(revoked)
 
-    def caught_up_position(self, partition: int, poll_age_ms_max: int, now_ms: int) -> int | None:
+    def caught_up(self, partition: int, delivered_until: int) -> CaughtUp | None:
         """See CommittedChunksThread; None as well when the partition isn't assigned."""
         for tp in self.assignment():
             if tp.topic == self._positions().source_topic and tp.partition == partition:
                 thread = cast(CommittedChunksThread, self._thread)
-                return thread.caught_up_position(tp, poll_age_ms_max, now_ms)
+                return thread.caught_up(tp, delivered_until)
         return None
 
     def seek_soon(self, partition: int, offset: int) -> asyncio.Task[None]:

@@ -16,6 +16,7 @@ from meterline.logs import get_logger
 from meterline.metrics import COMMITS, PARTITION_HALTED, PENDING_EVENTS
 from meterline.settings import KafkaSettings
 from meterline.streaming.changelog import read_changelog
+from meterline.streaming.consumer import CaughtUp
 from meterline.streaming.fatal import die
 from meterline.streaming.log_ranges import read_log_ranges
 from meterline.streaming.owner import Commit, LogRange, PartitionOwner
@@ -30,10 +31,6 @@ OPEN_TRANSACTION_WAIT_S = 20.0
 """Longer than the transaction timeout: if a commit takes longer, the broker has given it up and so do we."""
 
 RETRY_PAUSE_S = 0.5
-
-POLL_AGE_MS_MAX = 5_000
-"""A position is worth something while answers to fetches come. Faust lets the broker hold an empty fetch for
-1.5 s: below that a quiet, healthy partition would look stale, and its last windows would stay open."""
 
 READER_THREADS = 8
 """Changelogs read side by side when many partitions arrive at once; librdkafka does the work."""
@@ -63,8 +60,9 @@ class OwnedPartition:
     commit_turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     kick: asyncio.Event = field(default_factory=asyncio.Event)
     flushing: asyncio.Task[None] | None = None
-    seen_idle_at: int | None = None
-    idle_since: float = 0.0
+    caught_up: CaughtUp | None = None
+    """As of the last look; None as soon as something is delivered."""
+    quiet_since: float = 0.0
 
 
 class Engine:
@@ -85,7 +83,7 @@ class Engine:
         make_owner: Callable[[int], PartitionOwner],
         before_fencing: Callable[[], Awaitable[None]],
         apply_committed: Callable[[int, Iterable[tuple[bytes, bytes | None]]], None],
-        caught_up_position: Callable[[int, int, int], int | None],
+        caught_up: Callable[[int, int], CaughtUp | None],
         seek_soon: Callable[[int, int], object],
     ) -> None:
         self.source_topic = source_topic
@@ -99,7 +97,7 @@ class Engine:
         self._make_owner = make_owner
         self._before_fencing = before_fencing
         self._apply_committed = apply_committed
-        self._caught_up_position = caught_up_position
+        self._caught_up = caught_up
         self._seek_soon = seek_soon
         self._gate = asyncio.Event()
         self._gate.set()
@@ -252,7 +250,7 @@ class Engine:
         held.owner.feed(records)
         held.next_offset = chunk.offset + 1
         held.unacknowledged.append((chunk.offset, event))
-        held.seen_idle_at = None
+        held.caught_up = None
         await asyncio.sleep(0)
         await self._wait_for_space()
 
@@ -276,7 +274,7 @@ class Engine:
         try:
             while True:
                 await self._until_next_flush(held)
-                self._notice_idle(held)
+                self._notice_quiet(held)
                 await held.owner.flush()
                 self._space.set()
         except asyncio.CancelledError:
@@ -295,17 +293,23 @@ class Engine:
             await asyncio.wait_for(held.kick.wait(), interval - time.monotonic() % interval)
         held.kick.clear()
 
-    def _notice_idle(self, held: OwnedPartition) -> None:
-        now = time.monotonic()
-        # Two checks, apart: a chunk may be on its way from the consumer's thread that has moved the position.
-        if held.owner.pending or now - held.idle_since < self._limits.idle_after_s:
+    def _notice_quiet(self, held: OwnedPartition) -> None:
+        """Tell the owner up to which time it has everything, and when nothing came for a while."""
+        before = held.caught_up
+        now = held.caught_up = self._caught_up(held.number, held.next_offset)
+        # Two looks, apart: the consumer's thread may have moved the position and not yet noted what it read.
+        if before is None or now is None or before.position != now.position:
+            held.quiet_since = time.monotonic()
             return
-        now_ms = time.time_ns() // 1_000_000
-        position = self._caught_up_position(held.number, POLL_AGE_MS_MAX, now_ms)
-        unchanged = position is not None and position == held.seen_idle_at
-        held.seen_idle_at, held.idle_since = position, now
-        if unchanged:
-            held.owner.on_idle(now_ms)
+        held.owner.on_read_to_end()
+        if now.answered_at_ms > before.answered_at_ms:
+            # The newer answer is to a fetch that was sent after the older one came: what the broker had
+            # appended by then is in it. Its own time says less: it may have waited for this process.
+            held.owner.on_caught_up(before.answered_at_ms - 1)
+        if held.owner.pending:
+            held.quiet_since = time.monotonic()
+        elif time.monotonic() - held.quiet_since >= self._limits.idle_after_s:
+            held.owner.on_idle(time.time_ns() // 1_000_000)
 
     async def _commit(self, held: OwnedPartition, what: Commit) -> None:
         async with held.commit_turn:

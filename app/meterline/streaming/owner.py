@@ -104,6 +104,15 @@ class PartitionOwner(ABC):
         a time; `feed` may be called while it waits.
         """  # noqa: D205 - one sentence that needs two lines
 
+    def on_read_to_end(self) -> None:  # noqa: B027 - most owners don't care
+        """Every record up to the end of the log, as the broker told it with its newest answer, has been fed.
+
+        Called right before `flush`, again and again for as long as it is so.
+        """
+
+    def on_caught_up(self, log_time_ms: int) -> None:  # noqa: B027 - most owners don't care
+        """Every record the broker appended at or before this time has been fed, by the worker's clock."""
+
     def on_idle(self, now_ms: int) -> None:  # noqa: B027 - most owners don't care
         """The partition is caught up and nothing arrived for a while: wall time may count as event time."""
 
