@@ -55,6 +55,8 @@ BUDGET = 100_000_000
 LEFT_AT_THE_END = {"plain": 500, "batched": 2_000, "leased": 10_000, "bulk": 50_000}
 """Credits that are left when the budget is cut: every task is refused a moment later."""
 SHARE_MAX = 0.01
+WARM_UP_S = 0.5
+"""Before each run, for every variant: connections are made, leases are taken and grow."""
 PROCESSES = 4
 TIMEOUT_MS = 5_000
 """A busy machine shall show in the rates, not in refusals."""
@@ -191,10 +193,9 @@ def _variant(name: str, url: str, namespace: str, processes: int) -> Any:
 
 
 async def _work(run: Run, ask: Ask, names: count[int], offsets: count[int], *, per_turn: int) -> None:
-    """64 tasks for the time of the run; then until each was refused, if the budget ends."""
-    deadline = time.perf_counter() + run.seconds
+    """64 tasks: a warm-up, the time of the run, and then until each was refused."""
 
-    async def timed() -> None:
+    async def timed(deadline: float) -> None:
         while time.perf_counter() < deadline:
             if not await ask(next(names), run, offsets):
                 run.wrong.append("refused before the budget was cut")
@@ -207,7 +208,10 @@ async def _work(run: Run, ask: Ask, names: count[int], offsets: count[int], *, p
         run.refused += 1
 
     started = time.perf_counter()
-    await asyncio.gather(*(timed() for _ in range(TASKS)))
+    await asyncio.gather(*(timed(started + WARM_UP_S) for _ in range(TASKS)))
+    run.decisions, run.latencies = 0, []
+    started = time.perf_counter()
+    await asyncio.gather(*(timed(started + run.seconds) for _ in range(TASKS)))
     run.elapsed = time.perf_counter() - started
     latencies, run.latencies = run.latencies, []
     await _cut_budget(run)

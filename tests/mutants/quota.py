@@ -15,18 +15,14 @@ LEASES = "app/meterline/quota/leases.py"
 SPOOL = "app/meterline/task/spool.py"
 SEGMENTS = "app/meterline/task/segments.py"
 
-RULES = "tests/integration/test_quota_bucket_rules.py::test_the_scripts_decide_as_the_model_does"
-MODEL_TESTS = "tests/property/test_buckets.py"
+RULES = "tests/contract/test_guards_buckets.py"
 OWNER_TESTS = "tests/unit/test_quota_app_owner.py"
 GUARDIAN_TESTS = "tests/unit/test_quota_app_guardian.py"
 LEASE_TESTS = "tests/unit/test_quota_leases.py"
 GUARDS = "tests/unit/test_guards_quota.py"
 POWER = f"{GUARDS}::test_a_power_failure_loses_no_credit_of_a_task_that_ended"
 
-STORED = r"answers == expected|record\.hold|bucket\.provisional"
-"""Each call's answers end with the whole balance, and a grant or a refusal is one of credits."""
-AMOUNTS = r"(balance\(\)|available|reserve|lease|expire|baseline|total|amounts|reserved|snapshot)"
-RULES_LIMIT_S = 400.0
+AMOUNTS = r"amounts\(b\)"
 
 
 def _lua(name: str, removes: str, old: str, new: str) -> Mutant:
@@ -36,8 +32,7 @@ def _lua(name: str, removes: str, old: str, new: str) -> Mutant:
         removes=removes,
         edits=[Edit(LUA, old, new)],
         tests=[RULES],
-        speaks_of=STORED,
-        limit_s=RULES_LIMIT_S,
+        speaks_of=AMOUNTS,
     )
 
 
@@ -47,7 +42,7 @@ def _model(name: str, removes: str, old: str, new: str) -> Mutant:
         name=f"{name}-model",
         removes=removes,
         edits=[Edit(MODEL, old, new)],
-        tests=[MODEL_TESTS],
+        tests=[RULES],
         speaks_of=AMOUNTS,
     )
 

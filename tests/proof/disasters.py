@@ -22,6 +22,8 @@ from tests.proof.tasks import MICRO
 __all__ = ["FlushedRedis", "KafkaAway", "KilledRedis"]
 
 OPEN_RESERVATIONS_MIN = 400
+OPEN_BEFORE = 480
+"""Some end while metering stands still."""
 IN_FLIGHT_S = 2.0
 """Metering stands still so long before Redis is flushed: that much usage is published and not accounted. Less
 than its session time-out."""
@@ -40,6 +42,7 @@ class KilledRedis:
     """SIGKILL under load, started again on what was on its disk."""
 
     happened: str = ""
+    problems: list[str] = field(default_factory=list)
 
     def __call__(self, race: Race, observer: Observer) -> None:
         if self.happened or not observer.samples:
@@ -60,7 +63,7 @@ class FlushedRedis:
     problems: list[str] = field(default_factory=list)
 
     def __call__(self, race: Race, observer: Observer) -> None:
-        if self.happened or observer.held < OPEN_RESERVATIONS_MIN:
+        if self.happened or observer.held < OPEN_BEFORE:
             return
         pipeline = race.pipeline
         metering = pipeline.workers["metering"]
@@ -68,6 +71,8 @@ class FlushedRedis:
         try:
             time.sleep(IN_FLIGHT_S)
             held = observer.held
+            if held < OPEN_RESERVATIONS_MIN:
+                self.problems.append(f"only {held} reservations were open when Redis was flushed")
             with pipeline.redis() as redis:
                 redis.flushall()
         finally:

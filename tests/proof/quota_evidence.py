@@ -23,7 +23,7 @@ from clickhouse_driver import Client as ClickHouse
 from confluent_kafka import Consumer, Message, TopicPartition
 from redis import Redis
 from redis.exceptions import RedisError
-from tests.proof.quota_checker import BucketNow, Event, Evidence, Sample, TaskBook
+from tests.proof.quota_books import BucketNow, Event, Evidence, Sample, TaskBook
 from tests.proof.task_log import now_ms, read_lines
 
 __all__ = ["Observer", "Places", "committed", "gather", "read_bucket"]
@@ -157,7 +157,8 @@ class Observer:
         if is_open == "1" and run == server["run_id"] and fields[0] == generation:
             self.generations.add(generation)
             granted, base, life, prov, held = (int(value or 0) for value in fields[1:])
-            self.samples.append(Sample(now_ms(), granted - (life - base) - prov - held))
+            unused = granted - (life - base) - prov
+            self.samples.append(Sample(now_ms(), unused - held, unused))
 
 
 def _literal(text: str) -> str:

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.proof import quota_checker, quota_evidence
-from tests.proof.quota_checker import BucketNow, Event, Evidence, Sample, TaskBook, judge, judge_finished
+from tests.proof import quota_books, quota_checker, quota_evidence
+from tests.proof.quota_books import BucketNow, Event, Evidence, Sample, TaskBook
+from tests.proof.quota_checker import judge, judge_finished
 
 MICRO = 1_000_000
 NOON = 1_795_521_600_000
@@ -217,7 +218,10 @@ def test_what_is_left_or_wrong_in_the_bucket_is_reported(story, bucket, text):
         ({"ledger": {(0, 0): ("a:1/0", 20 * MICRO)}}, "the ledger lacks 1 accepted events and has 0 others"),
         ({"ledger": {}}, "the ledger sums up to 0, expected 60: 60 credits too little"),
         ({"dead": {}}, "expected 1 conflicts"),
-        ({"samples": [Sample(NOON, 5), Sample(NOON + 1, -2 * MICRO)]}, "in debt by 2 credits"),
+        (
+            {"samples": [Sample(NOON, -9 * MICRO, 5), Sample(NOON + 1, -1, -2 * MICRO)]},
+            "had 2 credits consumed",
+        ),
     ],
 )
 def test_each_source_must_say_the_same(story, changed, text):
@@ -254,7 +258,7 @@ def test_finished_tasks_are_in_the_ledger_once(story):
     assert "1 finished events are in the ledger with other credits: a:1/0" in wrong
 
 
-@pytest.mark.parametrize("module", [quota_checker, quota_evidence])
+@pytest.mark.parametrize("module", [quota_books, quota_checker, quota_evidence])
 def test_the_checker_shares_no_code_with_the_product(module):
     """Neither by import nor by what it imports."""
     imported = set()
@@ -266,6 +270,6 @@ def test_the_checker_shares_no_code_with_the_product(module):
 
     assert not [name for name in imported if name.startswith("meterline")]
     assert {name for name in imported if name.startswith("tests")} <= {
-        "tests.proof.quota_checker",
+        "tests.proof.quota_books",
         "tests.proof.task_log",
     }

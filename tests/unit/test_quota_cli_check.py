@@ -199,6 +199,7 @@ def test_a_grant_counts_once_and_the_first_baseline_of_a_period_wins(log, statem
     log.grant("p0", 80 * MICRO, "baseline", start=500)
     log.grant("b1", 60 * MICRO, "budget", start=500)
     log.grant("g2", 7 * MICRO)
+    log.grant("g2", 900 * MICRO)
     log.grant("g3", 0)
     statements.read_to_end()
 

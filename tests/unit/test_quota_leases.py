@@ -163,7 +163,7 @@ def test_a_lease_stays_within_its_share_of_the_budget():
     assert 300 * M < line.lease_hold_max <= 10_000 * M * PLAN.share_max
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(12))
 def test_nothing_is_sold_twice_whatever_the_line_does(seed):
     """Calls and answers are lost, copies arrive late. Every part is within its reservation, so the bucket must
     never be in debt, and in the end it must say what the tasks counted."""

@@ -81,7 +81,6 @@ class GrantKeeper:
         self._rows += [row for row in rows if row.offset > self._in_ledger.get(row.partition, -1)]
         if not self.is_complete and not records and await self._grants.is_at_end():
             self.is_complete = True
-            self._book.forget_told()
         return self.is_complete and not self._book.is_all_told
 
     async def tell(self) -> None:

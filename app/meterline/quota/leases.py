@@ -46,8 +46,8 @@ TURN_S: Final = 0.0005
 so long in one turn of the loop the next call lets the others run."""
 PARTS_WAITING_MAX: Final = 8_000
 """Settled parts that wait for a statement. At this limit settle waits for Redis."""
-STATEMENT_PARTS_MAX: Final = 1_000
-"""Of one statement, about 3 ms of the server's time. So many don't wait for the interval."""
+STATEMENT_PARTS_MAX: Final = 2_000
+"""Of one statement, about 6 ms of the server's time. So many don't wait for the interval."""
 RETRY_PAUSE_S: Final = 0.05
 ROOM_SHARE: Final = 8
 """A lease takes at most this fraction of what is left, so that several processes find some."""
@@ -94,7 +94,7 @@ class LeasePlan:
         interval_ms: settled parts are stated at least so often.
     """
 
-    calls_per_s: float = 1_000.0
+    calls_per_s: float = 200.0
     share_max: float = 0.01
     ttl_s: float = 10.0
     interval_ms: float = 5.0

@@ -238,12 +238,9 @@ class QuotaOwner(PartitionOwner):
         due = {s: g for s, g in generations.items() if self._told_progress.get(s) != settled}
         if not due or not settled:
             return
-        taken = set(await store.progress(due, settled.values()))
-        for shard in due:
-            if shard in taken:
-                self._told_progress[shard] = settled
-            else:
-                self._told[shard] = 0  # a new generation began meanwhile: some totals went into the old one
+        # A shard that refuses is of a new generation meanwhile, which the next look sees.
+        for shard in await store.progress(due, settled.values()):
+            self._told_progress[shard] = settled
 
     async def _tell_totals(self, some: Sequence[tuple[int, Source]]) -> None:
         totals = [self._totals[shard][source] for shard, source in some]
