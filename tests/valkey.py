@@ -40,7 +40,11 @@ class Valkey:
         self._process = subprocess.Popen([str(binary), *words], stdout=subprocess.DEVNULL)
         deadline = time.monotonic() + START_S
         while True:
-            with suppress(RedisError), Redis(host=HOST, port=self.port, socket_timeout=1.0) as client:
+            password = self._options.get("requirepass")
+            with (
+                suppress(RedisError),
+                Redis(host=HOST, port=self.port, socket_timeout=1.0, password=password) as client,
+            ):
                 if client.ping() and client.info("server")["process_id"] == self._process.pid:
                     return
             assert time.monotonic() < deadline, "the server does not answer"

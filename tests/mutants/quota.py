@@ -172,8 +172,8 @@ MUTANTS = [
                 "            if not await self._say(self._stands_for() - returned, parts):\n",
             ),
         ],
-        tests=[f"{LEASE_TESTS}::test_nothing_is_sold_twice_whatever_the_line_does"],
-        speaks_of=r"line\.(debt|bucket\.granted)",
+        tests=[f"{GUARDS}::test_q7_credits_on_their_way_back_are_not_decided_from"],
+        speaks_of=r"reserved <= held",
     ),
     Mutant(
         name="q7-stop-at-the-deadline",
@@ -186,7 +186,7 @@ MUTANTS = [
             )
         ],
         tests=[f"{LEASE_TESTS}::test_after_its_deadline_a_lease_decides_nothing"],
-        speaks_of=r"QuotaUnavailable",
+        speaks_of=r"lease\.take\([\s\S]*credits_micro=",
     ),
     _lua(
         "q8-closed-buckets-grant-nothing",

@@ -8,7 +8,6 @@ does), then runs what is unfinished again, under new reservations and the same e
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 import signal
@@ -17,11 +16,11 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from tests.proof.attempts import Attempt, RacerPlan, Unit, former_attempts
 from tests.proof.task_log import TaskLog, now_ms, read_lines
 from tests.proof.tasks import Spec, spec_of
 
@@ -38,10 +37,6 @@ from meterline.quota import (
 )
 from meterline.settings import load_settings
 
-__all__ = ["KILLS", "RacerPlan"]
-
-KILLS = ("reserved", "renewed", "worked", "published", "acknowledged", "settled")
-"""Where a process kills itself: after that step, before the next. `acknowledged`: between publish, settle."""
 DECISION_MS = 2_000
 """The machine is busy with restarts: a decision may take a while."""
 SAME_ID_S = 3.0
@@ -52,60 +47,6 @@ REFUSED_AGAIN, REFUSED_PAUSE_S = 2, (0.2, 1.0)
 PAUSE_S = 0.2
 OUTLIVE_S = (1.5, 3.0)
 """A late task goes on for so long after its deadline (in times of the time to live)."""
-
-
-@dataclass(frozen=True, slots=True)
-class RacerPlan:
-    """What one process has to do; given as a JSON file."""
-
-    seed: str
-    slot: int
-    tasks: int
-    client_id: str
-    topic_id: str
-    log: str
-    ttl_s: float
-    concurrency: int
-    pause_s: float
-    late: bool = False
-    lease_ttl_s: float = 0.0
-    """0: no leases."""
-    lease_share: float = 0.01
-    kills: tuple[str, ...] = ()
-    """One after the other; after the last it lives on."""
-    kill_within: int = 12
-    """A life ends when its step is reached for the n-th time, n up to this."""
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)))
-
-    @classmethod
-    def load(cls, path: Path) -> RacerPlan:
-        return cls(**json.loads(path.read_text()))
-
-
-@dataclass(slots=True)
-class Unit:
-    """A unit of work that was done, and where Kafka has it."""
-
-    event_id: str
-    task: str
-    sku: str
-    micro: int
-    place: Acknowledged | None = None
-
-
-@dataclass(slots=True)
-class Attempt:
-    """One reservation and what was done under it."""
-
-    rid: str | None
-    units: list[Unit] = field(default_factory=list)
-    others: list[tuple[Acknowledged, int]] = field(default_factory=list)
-    """Contradicting events: settled as well, charged never."""
-    settled: int = 0
-    """Units that were named in a settle call."""
-    is_void: bool = False
 
 
 class Racer:
@@ -124,7 +65,7 @@ class Racer:
 
     async def recover(self, lines: list[Mapping[str, Any]]) -> set[str]:
         """Bring to its end what former lives have begun. The tasks that are done."""
-        attempts, ended, done = _former(lines)
+        attempts, ended, done = former_attempts(lines)
         killed = sum(line["do"] == "kill" for line in lines)
         self._kill_at = self._plan.kills[killed] if killed < len(self._plan.kills) else ""
         self._attempts.update(line["task"] for line in lines if line["do"] == "ask")
@@ -372,28 +313,6 @@ async def _until_decided(call: Callable[[], Awaitable[object]]) -> None:
             await asyncio.sleep(PAUSE_S)
         else:
             return
-
-
-def _former(lines: list[Mapping[str, Any]]) -> tuple[dict[str | None, Attempt], set[str | None], set[str]]:
-    """What former lives began, which of it is ended, and which tasks are done."""
-    attempts: dict[str | None, Attempt] = {}
-    by_event: dict[tuple[str | None, str], Unit] = {}
-    ended: set[str | None] = set()
-    for line in lines:
-        do, rid = line["do"], line.get("rid")
-        if do == "end":
-            ended.add(rid)
-        elif do == "ask":
-            attempts.setdefault(rid, Attempt(rid))
-        elif do == "void":
-            attempts.setdefault(rid, Attempt(rid)).is_void = True
-        elif do == "work":
-            unit = Unit(line["event"], line["task"], line["sku"], line["micro"])
-            if by_event.setdefault((rid, line["event"]), unit) is unit:
-                attempts.setdefault(rid, Attempt(rid)).units.append(unit)
-        elif do == "ack":
-            by_event[rid, line["event"]].place = Acknowledged(line["partition"], line["offset"])
-    return attempts, ended, {line["task"] for line in lines if line["do"] == "done"}
 
 
 async def race(plan: RacerPlan) -> None:

@@ -1,4 +1,4 @@
-"""What guards each credit between a task and the log: in power failures, re-runs, and on a broken disk."""
+"""What guards each credit between a task and the log: power failures, re-runs, a broken disk, leases."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from concurrent.futures import Future
 
 import pytest
 
+from meterline.domain.buckets import Bucket, Shard
 from meterline.domain.events import UsageEvent
-from meterline.quota import FakeCreditBuckets
+from meterline.quota import FakeCreditBuckets, LeasePlan, operations
+from meterline.quota.leases import Ended, Leases
 from meterline.task.desk import Desk
 from meterline.task.errors import SpoolFailed
 from meterline.task.fake import FakeMeter
@@ -137,3 +139,76 @@ def test_credits_of_usage_that_may_be_durable_stay_reserved():
         return await reserved(buckets)
 
     assert asyncio.run(main()) == 5
+
+
+class Line:
+    """What carries a lease's statements to its bucket; one may be stopped on its way."""
+
+    def __init__(self, credits_micro):
+        shard = Shard()
+        shard.begin(1, partitions=1, topic_id="topic", skew_ms=0)
+        shard.open_up(1)
+        self.bucket = Bucket(shard)
+        self.bucket.grant("grant", credits_micro)
+        self.stated, self.on_its_way, self.held = 0, False, None
+        self.arrives = asyncio.Event()
+        self.arrives.set()
+
+    def submit(self, _, op):
+        return asyncio.ensure_future(self._carry(operations.as_array(op)))
+
+    async def _carry(self, op):
+        stopped = op[0] == "l" and not self.arrives.is_set()
+        if stopped:
+            self.on_its_way = True
+            await self.arrives.wait()
+        answer = self.bucket.apply(op, 1_000_000)
+        if stopped:
+            self.held = self.bucket.records[op[1]].hold
+            self.others_take(self.bucket.available)
+        self.stated += op[0] == "l"
+        return answer.encode()
+
+    def others_take(self, credits_micro):
+        """Another process reserves them."""
+        rid = f"others/{len(self.bucket.records)}"
+        assert self.bucket.reserve(rid, credits_micro, 60_000, 1_000_000).startswith("g ")
+
+
+async def until(is_so):
+    async with asyncio.timeout(20):
+        while not is_so():  # noqa: ASYNC110 - several objects change
+            await asyncio.sleep(0.001)
+
+
+def test_q7_credits_on_their_way_back_are_not_decided_from():
+    """The others may have them a moment later: what this process reserved must be held for it."""
+    micro = 1_000_000
+
+    async def main():
+        line = Line(10_000 * micro)
+        plan = LeasePlan(calls_per_s=10, share_max=0.1, ttl_s=10, interval_ms=1)
+        leases = Leases(line.submit, plan, {}, Ended(), Ended())
+        leases.note("acme", micro, 100)
+        await until(lambda: "acme" in leases.active)
+        lease = leases.active["acme"]
+        await until(lambda: lease._waker is not None)
+        line.others_take(line.bucket.available - 100 * micro)
+        stated = line.stated
+        lease.wake()
+        await until(lambda: line.stated > stated and lease._waker is not None)
+        had = lease.free
+        line.arrives.clear()
+        lease.wake()
+        await until(lambda: line.on_its_way)
+        reserved = 0
+        while lease.take(f"task/{reserved}", micro, 5.0) is not None:
+            reserved += 1
+        line.arrives.set()
+        await until(lambda: line.held is not None)
+        leases.is_closing = True
+        return had // micro, reserved, line.held // micro
+
+    had, reserved, held = asyncio.run(main())
+
+    assert 0 < reserved <= held < had

@@ -1,4 +1,4 @@
-"""How calls travel: together, in order, again and unchanged after a lost answer, never longer than allowed."""
+"""How calls travel: together, in order, again and unchanged after a lost answer, never too long."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from meterline.quota import (
     ReservationLapsed,
     operations,
 )
-from meterline.quota import leases as leases_module
+from meterline.quota import lease as lease_module
 from meterline.quota.availability import Availability, Unreachable
 
 M = 1_000_000
@@ -165,8 +165,8 @@ def test_a_lease_stays_within_its_share_of_the_budget():
 
 @pytest.mark.parametrize("seed", range(12))
 def test_nothing_is_sold_twice_whatever_the_line_does(seed):
-    """Calls and answers are lost, copies arrive late. Every part is within its reservation, so the bucket must
-    never be in debt, and in the end it must say what the tasks counted."""
+    """Calls and answers are lost, copies arrive late. Every part is within its reservation, so the bucket
+    must never be in debt, and in the end it must say what the tasks counted."""
     counted = {"settled": 0, "held": 0}
 
     async def scenario(line, buckets):
@@ -253,9 +253,9 @@ def test_after_its_deadline_a_lease_decides_nothing(monkeypatch):
     async def scenario(_line, buckets):
         lease = await heat(buckets)
         assert lease.free > 10 * M
-        real = leases_module.now_s
+        real = lease_module.now_s
         with monkeypatch.context() as patch:
-            patch.setattr(leases_module, "now_s", lambda: real() + 3_600)
+            patch.setattr(lease_module, "now_s", lambda: real() + 3_600)
 
             assert lease.take("late", M, 60.0) is None
             assert lease.take_many([("late", M)], 60.0) == [None]
@@ -285,7 +285,7 @@ def test_work_of_a_lapsed_lease_goes_on_as_reservations_of_its_own():
 
 
 def test_a_rebuilt_bucket_takes_the_lease_as_it_is_and_gives_it_nothing():
-    """The rebuild comes between a lease's wish for more and its arrival: nobody asked whether there is more."""
+    """The rebuild comes between a lease's wish for more and its arrival: nobody asked if there is more."""
 
     async def scenario(line, buckets):
         lease = await heat(buckets)

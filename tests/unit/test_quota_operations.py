@@ -13,7 +13,8 @@ from meterline.quota.scripts import packed
 IDS = st.text(min_size=1, max_size=20).filter(lambda text: text.isprintable() or "\n" in text)
 AMOUNTS = st.integers(0, 2**53 - 1)
 PARTS = st.lists(
-    st.builds(Part, st.sampled_from(["usage.events", "Ab_c-1"]), st.integers(0, 3), AMOUNTS, AMOUNTS), max_size=4
+    st.builds(Part, st.sampled_from(["usage.events", "Ab_c-1"]), st.integers(0, 3), AMOUNTS, AMOUNTS),
+    max_size=4,
 )
 TTLS = st.integers(1, 86_400_000)
 OPERATIONS = st.one_of(
@@ -22,7 +23,13 @@ OPERATIONS = st.one_of(
     st.builds(operations.void, IDS),
     st.builds(operations.renew, IDS, AMOUNTS, TTLS, st.integers(0, 2**53 - 1)),
     st.builds(
-        operations.lease, IDS, st.integers(1, 1_000), AMOUNTS, PARTS, ttl_ms=TTLS, generation=st.integers(0, 9)
+        operations.lease,
+        IDS,
+        st.integers(1, 1_000),
+        AMOUNTS,
+        PARTS,
+        ttl_ms=TTLS,
+        generation=st.integers(0, 9),
     ),
     st.just(operations.BALANCE),
 )

@@ -182,7 +182,8 @@ class Checker:
         self._read_stripe(accounts)
         self._read_buckets(accounts)
         for alert in self._read_topic(ALERTS, "credit-alert"):
-            accounts[alert["client_id"]].alerts += alert["level_percent"] == EXHAUSTED_PERCENT
+            if (account := accounts.get(alert["client_id"])) is not None:  # else an earlier run's
+                account.alerts += alert["level_percent"] == EXHAUSTED_PERCENT
         dead = Counter(letter["reason"] for letter in self._read_topic(DEAD_LETTERS, "dead-letter"))
         problems += self._compare(expected, accounts, records, dead)
         return Accounts(accounts, records, dead, problems)

@@ -44,7 +44,7 @@ class _BrokenWorkError(Exception):
 
 
 def work_until_refused(settings: Settings, client_id: str, run_id: str, file: Path) -> Worked:
-    """Run tasks side by side until every runner was refused.
+    """Run tasks side by side until nobody gets credits for another one.
 
     Args:
         file: gets a line for each task that was done, when it was: the checker's input.
@@ -69,12 +69,18 @@ class _Trial:
         self._worked = Worked()
 
     async def work(self, settings: Settings) -> Worked:
+        """Again and again: what a task set aside and did not use is there for the next one."""
+        worked = self._worked
         async with Meter.connect(settings) as meter:
-            await asyncio.gather(*(self._run(meter) for _ in range(RUNNERS)))
-        return self._worked
+            begun = -1
+            while worked.done + worked.failed > begun:
+                begun = worked.done + worked.failed
+                await asyncio.gather(*(self._run(meter) for _ in range(RUNNERS)))
+                await meter.flush()
+        return worked
 
     async def _run(self, meter: Meter) -> None:
-        """One task after the other, until there are no credits for the next."""
+        """One task after the other, until one is refused."""
         worked, deadline = self._worked, time.monotonic() + OPEN_S_MAX
         for number in self._numbers:
             try:

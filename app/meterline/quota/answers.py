@@ -19,6 +19,7 @@ from meterline.quota.errors import (
 )
 
 __all__ = [
+    "TTL_S_MAX",
     "Balance",
     "Credits",
     "Outcome",
@@ -28,7 +29,9 @@ __all__ = [
     "id_checked",
     "micro_of",
     "parts_checked",
+    "settled_checked",
     "ttl_ms_of",
+    "wanted_checked",
 ]
 
 Credits = Decimal | int | str
@@ -226,6 +229,52 @@ def parts_checked(parts: Iterable[Part]) -> Sequence[Part]:
                     f"micro-credits are from 0 to {CREDITS_MICRO_MAX}"
                 )
     return checked
+
+
+def wanted_checked(wanted: Iterable[tuple[str, Credits]]) -> list[tuple[str, int]]:
+    """Ids and micro-credits of many reservations.
+
+    Raises:
+        InvalidReservation: as `id_checked` and `micro_of`.
+    """
+    asked = [
+        (
+            name,
+            amount * MICRO if type(amount) is int and 0 < amount <= WHOLE_CREDITS_MAX else micro_of(amount),
+        )
+        for name, amount in wanted
+    ]
+    for name, _ in asked:
+        if type(name) is not str or not name or len(name) > _SURELY_SHORT or not name.isascii():
+            id_checked("reservation_id", name)
+    return asked
+
+
+def settled_checked(settled: Iterable[tuple[str, Iterable[Part]]]) -> list[tuple[str, Sequence[Part]]]:
+    """Parts of many reservations. Looked at by columns: one by one takes five times as long.
+
+    Raises:
+        InvalidReservation: as `parts_checked`.
+    """
+    named: list[tuple[str, Sequence[Part]]] = [
+        (name, parts if type(parts) is tuple and len(parts) == 1 else parts_checked(parts))
+        for name, parts in settled
+    ]
+    usual = [parts[0] for _, parts in named if len(parts) == 1]
+    if usual:
+        topics, partitions, offsets, amounts = zip(*usual, strict=True)
+        numbers = (*partitions, *offsets, *amounts)
+        if not (
+            _topics.issuperset(topics)
+            and set(map(type, numbers)) == {int}
+            and min(numbers) >= 0
+            and max(partitions) <= PARTITION_MAX
+            and max(offsets) <= OFFSET_MAX
+            and max(amounts) <= CREDITS_MICRO_MAX
+        ):
+            for part in usual:
+                parts_checked((part,))
+    return named
 
 
 def _require_topic(part: Part, topic_id: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
 from meterline import metrics
 from meterline.domain.buckets import parse_balance
@@ -21,7 +21,9 @@ from meterline.quota.answers import (
     id_checked,
     micro_of,
     parts_checked,
+    settled_checked,
     ttl_ms_of,
+    wanted_checked,
 )
 from meterline.quota.availability import Availability, Unreachable
 from meterline.quota.batching import Batcher
@@ -311,7 +313,7 @@ class CreditBuckets:
         Raises:
             InvalidReservation: one of them can never be accepted. None was made.
         """
-        asked = [(id_checked("reservation_id", name), micro_of(amount)) for name, amount in wanted]
+        asked = wanted_checked(wanted)
         leases = self._leases
         lease = None
         if leases is not None and asked:
@@ -326,8 +328,8 @@ class CreditBuckets:
         if leases.turn_is_long():
             await asyncio.sleep(0)
         outcomes = lease.take_many(asked, ttl_s)
-        missing = [index for index, outcome in enumerate(outcomes) if outcome is None]
-        if missing:
+        if None in outcomes:
+            missing = [index for index, outcome in enumerate(outcomes) if outcome is None]
             await lease.refill()
             left = [asked[index] for index in missing]
             taken = lease.take_many(left, ttl_s)
@@ -335,7 +337,7 @@ class CreditBuckets:
             decided = iter(await self._reserve_all_at_server(client_id, at_server, ttl_s))
             for index, outcome in zip(missing, taken, strict=True):
                 outcomes[index] = next(decided) if outcome is None else outcome
-        return [outcome for outcome in outcomes if outcome is not None]
+        return cast("list[Outcome]", outcomes)
 
     async def settle_many(
         self, client_id: str, settled: Iterable[tuple[str, Sequence[Part]]], *, final: bool = True
@@ -346,9 +348,9 @@ class CreditBuckets:
             QuotaUnavailable: some were not recorded (or not known to be); the same call again is safe.
             InvalidReservation: one of them can never be accepted.
         """
-        left: Iterable[tuple[str, Sequence[Part]]] = settled
+        left = settled_checked(settled)
         if self._leases is not None and final and (lease := self._leases.active.get(client_id)) is not None:
-            left = lease.settle_many(settled)
+            left = lease.settle_many(left)
             await lease.room()
         calls = [
             self.settle(reservation_id, parts, final=final, client_id=client_id)

@@ -52,6 +52,7 @@ def flattened(ops: Sequence[Op]) -> tuple[bytes, bytes]:
     """The last two arguments of the script: the source partitions named, and one flat JSON array."""
     sources: dict[tuple[str, int], int] = {}
     pieces: list[str] = []
+    number, last_topic, last_partition = 0, "", -1
     for op in ops:
         if isinstance(op, str):
             pieces.append(op)
@@ -59,9 +60,9 @@ def flattened(ops: Sequence[Op]) -> tuple[bytes, bytes]:
         head, parts = op
         pieces.append(f"{head},{len(parts)}")
         for topic_id, partition, offset, micro in parts:
-            number = sources.get((topic_id, partition))
-            if number is None:
-                number = sources[topic_id, partition] = len(sources) + 1
+            if partition != last_partition or topic_id != last_topic:
+                last_topic, last_partition = topic_id, partition
+                number = sources.setdefault((topic_id, partition), len(sources) + 1)
             pieces.append(f"{number},{offset},{micro}")
     names = " ".join([f"{topic_id}:{partition}" for topic_id, partition in sources])
     return names.encode(), f"[{','.join(pieces)}]".encode()

@@ -114,7 +114,7 @@ def require_safe(info: Mapping[str, str]) -> list[str]:
     if number and number < VERSION_MIN:
         raise UserError(
             f"Redis {version} is too old for credit buckets; use {VERSION_MIN[0]}.{VERSION_MIN[1]} or "
-            "newer, or Valkey. Older ones keep scripts over a restart, so that a restart would not be noticed."
+            "newer, or Valkey. Older ones keep scripts over a restart, which would not be noticed."
         )
     if info.get("aof_enabled") == "0":
         raise UserError(
