@@ -25,6 +25,7 @@ import asyncio
 import gc
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -449,6 +450,7 @@ def bench(
     if child:
         asyncio.run(_child(child, url, namespace, seconds))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server is stopped, as on Ctrl-C
     with (
         tempfile.TemporaryDirectory(prefix="meterline-bench-") as directory,
         valkey(Path(directory)) as server,

@@ -236,6 +236,17 @@ def test_q7_statements_of_a_lease_are_numbered_and_raise_what_is_there(bucket):
     run(bucket, scenario)
 
 
+def test_q7_a_lease_that_is_used_up_is_not_held_again(bucket):
+    """What its parts were held for is used: to hold that once more is a raise, and nothing is left."""
+
+    async def scenario(b):
+        await b.ops(["r", "lease", 20, LONG])
+        (answer,) = await b.ops(["l", "lease", 1, 20, [part(1, 12)], LONG, 1])
+        assert (await amounts(b), answer.split()[2]) == ((0, 12, 8, 0), "8")
+
+    run(bucket, scenario)
+
+
 def test_q7_parts_of_a_lapsed_lease_count(bucket):
     async def scenario(b):
         (answer,) = await b.ops(["l", "lease", 1, 6, [part(1, 9)], LONG, 1])

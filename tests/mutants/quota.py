@@ -147,8 +147,8 @@ MUTANTS = [
     _lua(
         "q7-raise-what-is-there",
         "a lease grows beyond what is available: oversold",
-        "    if raise > 0 and (not open or available() < raise) then hold = record.hold end\n",
-        "",
+        "    if hold > standing and (not open or available() < hold - record.hold) then",
+        "    if false then",
     ),
     _lua(
         "q7-parts-count-always",
@@ -334,7 +334,7 @@ MUTANTS = [
     _model(
         "q7-raise-what-is-there",
         "a lease grows beyond what is available",
-        "        if raised > 0 and (not self._is_open or self.available < raised):\n",
+        "        if hold > standing and (not self._is_open or self.available < hold - record.hold):\n",
         "        if False:\n",
     ),
     _model(

@@ -27,6 +27,8 @@ OPEN_BEFORE = 480
 IN_FLIGHT_S = 2.0
 """Metering stands still so long before Redis is flushed: that much usage is published and not accounted. Less
 than its session time-out."""
+REBUILD_TRIES = 3
+"""It refuses while it sees no heartbeat for 5 s: on a busy machine the worker may need longer to notice."""
 AWAY_S = 60.0
 BEFORE_MIN, BEGIN_S_MAX = 20, 90.0
 """Tasks finished before Kafka goes away."""
@@ -77,7 +79,10 @@ class FlushedRedis:
                 redis.flushall()
         finally:
             metering.signal(signal.SIGCONT)
-        said = pipeline.cli("rebuild", "--reason", "flushed by the proof", "--by", "proof")
+        for _ in range(REBUILD_TRIES):
+            said = pipeline.cli("rebuild", "--reason", "flushed by the proof", "--by", "proof")
+            if said.returncode == 0:
+                break
         if said.returncode:
             self.problems.append(f"quota rebuild ended with {said.returncode}: {said.stdout + said.stderr}")
         self.happened = (

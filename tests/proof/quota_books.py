@@ -148,3 +148,5 @@ class Evidence:
     samples: Sequence[Sample] = ()
     lease_holds: Mapping[str, int] = field(default_factory=dict)
     """The most that each lease was seen to hold."""
+    stalls: int = 0
+    """How often a holder of leases was stopped and went on."""

@@ -11,7 +11,9 @@ settled under it before. The terms of what may be above:
     late        (1) appended after the deadline, in full
     above       (2) more than was reserved
     unreserved  (3) nothing was reserved
-    leases      (4) of each lease that lapsed, the most it ever held
+    leases      (4) of leases that lapsed while their holders were stopped, the most they ever held: the
+                    largest of the lapsed, as many as there were stalls (a killed holder does nothing any
+                    more)
     early       (5) a lost Redis that was opened too early: none, it never is
     rollover    (6) work in flight when a period begins: none, what is granted here is prepaid
 
@@ -89,8 +91,8 @@ def judge(evidence: Evidence, *, terms_expected: bool = False) -> Verdict:
     verdict = Verdict(Terms())
     verdict.granted = sum(micro for _, micro in evidence.granted)
     verdict.accepted = sum(event.micro for event in accepted)
-    for lease in evidence.bucket.lapsed_leases:
-        verdict.terms.leases += evidence.lease_holds.get(lease, 0)
+    lapsed = sorted(evidence.lease_holds.get(lease, 0) for lease in evidence.bucket.lapsed_leases)
+    verdict.terms.leases = sum(lapsed[::-1][: evidence.stalls])
     term_of = dict(_terms(accepted, evidence, verdict.terms))
     problems = verdict.problems
     problems += _above_the_bound(accepted, term_of, evidence, verdict)

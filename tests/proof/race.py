@@ -251,6 +251,7 @@ def run_race(
     is_slow = away > AWAY_SHARE_MAX * rules.ttl_s
     if is_slow:
         race.notes["machine_too_slow"] = "for every term to be 0"
+    evidence = replace(evidence, stalls=racers.stalled)
     race.verdict = judge(evidence, terms_expected=rules.late or rules.stalls > 0 or is_slow)
     race.kills = evidence.tasks.kills + racers.kills
     race.stalled = racers.stalled

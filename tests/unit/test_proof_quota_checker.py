@@ -168,14 +168,15 @@ def test_no_reservation_is_the_third_term(rid):
 
 
 def test_a_lapsed_lease_is_the_fourth_term():
-    """At most what it ever held, once."""
+    """At most what it ever held, once; the lease of a holder that was killed excuses nothing."""
     story = Story()
     story.used("a:1", 60)
     story.used("b:1", 70)
-    bucket = BucketNow(100 * MICRO, 130 * MICRO, 0, 0, lapsed_leases=["l"])
+    bucket = BucketNow(100 * MICRO, 130 * MICRO, 0, 0, lapsed_leases=["l", "killed"])
 
     def problems(held):
-        evidence = story.evidence(bucket=bucket, lease_holds={"l": held * MICRO, "other": 500 * MICRO})
+        holds = {"l": held * MICRO, "killed": 20 * MICRO, "other": 500 * MICRO}
+        evidence = story.evidence(bucket=bucket, lease_holds=holds, stalls=1)
         return problems_of(evidence, terms_expected=True)
 
     assert problems(30) == []

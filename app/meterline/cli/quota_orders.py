@@ -24,8 +24,8 @@ from meterline.settings import ClickHouseSettings, RedisSettings, load_settings
 
 __all__ = ["rebuild", "void"]
 
-HEARTBEAT_S_MAX = 5.0
-"""A running quota worker writes a heartbeat each second; a busy one may miss a few."""
+HEARTBEAT_S_MAX = 15.0
+"""A running quota worker writes a heartbeat each second; while it rebuilds it is silent for longer."""
 LOOK_S = 0.5
 BEYOND_LONGEST_S = 120
 """What a rebuild takes beyond the longest reservation: reading two topics, and the margin of the clocks."""
@@ -162,7 +162,10 @@ def _with_a_worker(reader: BucketReader) -> Sequence[Shard]:
     while time.monotonic() < deadline:
         time.sleep(LOOK_S)
         now = reader.shards()
-        if any(after.beat != before.beat for before, after in zip(first, now, strict=True)):
+        if any(
+            (after.generation, after.beat) != (before.generation, before.beat)
+            for before, after in zip(first, now, strict=True)
+        ):
             return now
     raise UserError(
         f"No quota worker runs: no heartbeat for {HEARTBEAT_S_MAX:.0f} s. Nothing was changed. "

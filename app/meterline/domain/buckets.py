@@ -410,9 +410,10 @@ class Bucket:
             return "l"
         if seq <= record.seq:
             return "o"
-        raised = hold - record.hold
-        if raised > 0 and (not self._is_open or self.available < raised):
-            hold = record.hold
+        # What its parts were held for is provisional, or charged, from now on: only the rest still stands.
+        standing = max(0, record.hold - sum(part[3] for part in parts))
+        if hold > standing and (not self._is_open or self.available < hold - record.hold):
+            hold = standing
         record.hold, record.seq, record.time = hold, seq, max(record.time, now + ttl)
         record.had_parts = record.had_parts or bool(parts)
         return f"g {record.time} {hold}"

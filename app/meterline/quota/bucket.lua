@@ -445,8 +445,10 @@ local function rare_operations()
     end
     if not record or record.state ~= 'held' then return 'l' end
     if seq <= record.seq then return 'o' end
-    local raise = hold - record.hold
-    if raise > 0 and (not open or available() < raise) then hold = record.hold end
+    -- What its parts were held for is provisional, or charged, from now on: only the rest still stands.
+    local standing = record.hold
+    for i = at + 7, at + 6 + 3 * flat[at + 6], 3 do standing = standing - math.min(standing, flat[i + 2]) end
+    if hold > standing and (not open or available() < hold - record.hold) then hold = standing end
     held = held + (hold - record.hold) -- in this order every step is exact
     record.hold, record.seq, record.time = hold, seq, math.max(record.time, now + ttl)
     -- A lease has very many parts and states its hold absolutely: that there were some is enough to keep.
