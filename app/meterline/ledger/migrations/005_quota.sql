@@ -37,7 +37,7 @@ CREATE TABLE IF NOT EXISTS quota_change_log
 (
     change_id       String,
     changed_at      DateTime64(3, 'UTC'),
-    action          LowCardinality(String),  -- grant | void | rebuild
+    action          LowCardinality(String),  -- void | rebuild
     client_id       LowCardinality(String),  -- '': all clients
     grant_id        String,
     reservation_id  String,
