@@ -22,6 +22,7 @@ from meterline.domain.windows import (
     window_start_of,
 )
 from meterline.errors import DeadLetterError
+from meterline.ledger.blocks import EncodedBlock
 from meterline.metering.state import (
     Counters,
     Meta,
@@ -103,6 +104,13 @@ class Flush:
     meta: Meta
     duplicates: int
     late: int
+    block: EncodedBlock | None = None
+    """More rows, encoded as they were read."""
+
+    @property
+    def accepted(self) -> int:
+        """How many rows there are."""
+        return (len(self.rows[0]) if self.rows else 0) + (self.block.rows if self.block is not None else 0)
 
 
 class Meter:

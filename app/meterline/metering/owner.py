@@ -177,9 +177,9 @@ class MeteringOwner(PartitionOwner):
         if flush is None:
             return
         reached(Step.FLUSH_BUILT)
-        if flush.rows:
+        if flush.accepted:
             with FLUSH_STEP_SECONDS.labels("insert").time():
-                await self._tools.writer.insert(EVENTS, EVENT_COLUMNS, flush.rows)
+                await self._tools.writer.insert(EVENTS, EVENT_COLUMNS, flush.rows, flush.block)
             reached(Step.ROWS_INSERTED)
         outputs = [self._window_output(snapshot) for snapshot in flush.snapshots]
         outputs += [self._dead_letter_output(dead) for dead in flush.dead_letters]
@@ -225,7 +225,7 @@ class MeteringOwner(PartitionOwner):
     # -- what people see
 
     def _count(self, flush: Flush) -> None:
-        EVENTS_TAKEN.labels("accepted").inc(len(flush.rows[0]) if flush.rows else 0)
+        EVENTS_TAKEN.labels("accepted").inc(flush.accepted)
         EVENTS_TAKEN.labels("duplicate").inc(flush.duplicates)
         EVENTS_TAKEN.labels("dead_letter").inc(len(flush.dead_letters))
         EVENTS_TAKEN.labels("late").inc(flush.late)
