@@ -55,6 +55,7 @@ class RecordCodec:
         self.name = name
         self.newest: SchemaVersion = versions[-1]
         self._schema = self.newest.parsed
+        self._fingerprints = [version.fingerprint for version in versions]
         self._by_fingerprint: dict[bytes, _Schemas] = {
             version.fingerprint: (version.parsed, None if version is self.newest else self._schema)
             for version in versions
@@ -108,9 +109,19 @@ class RecordCodec:
             raise DeadLetterError(Reason.UNDECODABLE, f"{len(data) - end} bytes behind the {self.name}")
         return cast("dict[str, Any]", record)
 
+    def heads(self, version: int) -> list[bytes]:
+        """What may stand in front of a record of one version: its fingerprint, or a registry id met before."""
+        fingerprint = self._fingerprints[version - 1]
+        schemas = self._by_fingerprint[fingerprint]
+        return [SINGLE_OBJECT + fingerprint] + [
+            CONFLUENT + schema_id.to_bytes(CONFLUENT_HEAD_BYTES - 1, "big")
+            for schema_id, meant in self._by_id.items()
+            if meant is schemas
+        ]
+
     def register_id(self, schema_id: int, version: int) -> None:
         """Say without a registry which version of this schema a Confluent id stands for."""
-        self._by_id[schema_id] = self._by_fingerprint[load_versions(self.name)[version - 1].fingerprint]
+        self._by_id[schema_id] = self._by_fingerprint[self._fingerprints[version - 1]]
 
     def _registered_head(self) -> bytes:
         assert self._registry is not None

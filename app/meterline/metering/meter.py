@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from meterline.domain.dedupe import DedupeIndex
+from meterline.domain.dedupe import SeenIds
 from meterline.domain.events import UsageEvent, check_event, identity_hash, payload_digest
 from meterline.domain.reasons import Reason
 from meterline.domain.totals import UsageProgress, UsageTotal
@@ -127,7 +127,7 @@ class Meter:
         settings: MeteringSettings,
         decode: Callable[[bytes | None], UsageEvent],
         meta: Meta,
-        seen: DedupeIndex,
+        seen: SeenIds,
     ) -> None:
         self.partition = partition
         self.meta = meta

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from meterline.contracts.codec import RecordCodec
@@ -17,7 +17,6 @@ from meterline.contracts.records import (
     total_to_record,
 )
 from meterline.contracts.topics import USAGE_EVENTS_DLQ, USAGE_TOTALS, USAGE_WINDOWS
-from meterline.domain.dedupe import DedupeIndex
 from meterline.domain.events import UsageEvent
 from meterline.domain.totals import UsageProgress, UsageTotal
 from meterline.domain.windows import WindowSnapshot
@@ -48,6 +47,10 @@ log = get_logger(__name__)
 FORMAT_WITHOUT_TOTALS = 1
 
 
+MakeMeter = Callable[[int, MeteringSettings, Callable[[bytes | None], UsageEvent], Meta], Meter]
+"""A meter that has seen nothing, for a partition and where it stands."""
+
+
 @dataclass(frozen=True, slots=True)
 class MeteringTools:
     """What the owners of one worker share."""
@@ -61,6 +64,7 @@ class MeteringTools:
     progress: RecordCodec
     dead_letters: RecordCodec
     window_partitions: int
+    make_meter: MakeMeter
 
 
 class MeteringOwner(PartitionOwner):
@@ -95,8 +99,8 @@ class MeteringOwner(PartitionOwner):
         if lacks_totals:
             meta = replace(meta, format=FORMAT_VERSION)
         check_log(meta, log, settings)
-        seen = DedupeIndex(settings.dedupe_horizon_ms)
-        seen.add_all(
+        self._meter = self._tools.make_meter(log.partition, settings, self._decoder(), meta)
+        self._meter.seen.add_all(
             *await reader.ask(
                 queries.dedupe_rows,
                 log.topic_id,
@@ -105,7 +109,6 @@ class MeteringOwner(PartitionOwner):
                 max(0, meta.appended_at - settings.dedupe_horizon_ms),
             )
         )
-        self._meter = Meter(log.partition, settings, self._decoder(), meta, seen)
         self._meter.restore(state)
         if lacks_totals:
             self._meter.adopt_totals(
@@ -147,7 +150,7 @@ class MeteringOwner(PartitionOwner):
 
     # -- take in
 
-    def feed(self, records: Sequence[SourceRecord]) -> None:
+    def feed(self, records: Iterable[SourceRecord]) -> None:
         """Hand the records to the meter."""
         self._meter.take(records)
 
