@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from clickhouse_driver import Client, defines
-from clickhouse_driver.block import BlockInfo
 from clickhouse_driver.protocol import ClientPacketTypes
-from clickhouse_driver.varint import write_varint
-from clickhouse_driver.writer import write_binary_str, write_binary_uint8
 
 from meterline.errors import WorkerMustExit
 
 __all__ = ["BlockClient", "EncodedBlock", "EncodedColumn", "Insert"]
+
+BLOCK_INFO = bytes((1, 0, 2, 0xFF, 0xFF, 0xFF, 0xFF, 0))
+"""Field 1, is_overflows: no; field 2, bucket_num: -1; end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +77,25 @@ class BlockClient(Client):  # type: ignore[misc]  # the driver has no types
         if expected != [(column.name, column.type) for column in block.columns]:
             raise WorkerMustExit(f"the ledger's table has other columns than this version writes: {expected}")
         connection = self.connection
-        out, revision = connection.fout, connection.server_info.used_revision
-        write_varint(ClientPacketTypes.DATA, out)
-        write_binary_str("", out)
-        BlockInfo().write(out)
-        write_varint(len(block.columns), out)
-        write_varint(block.rows, out)
+        has_kind = connection.server_info.used_revision >= defines.DBMS_MIN_REVISION_WITH_CUSTOM_SERIALIZATION
+        kind = b"\0" if has_kind else b""  # the type's own serialisation, for servers that know others
+        packet: list[bytes | memoryview] = [bytes((ClientPacketTypes.DATA, 0)), BLOCK_INFO]
+        packet += [_varint(len(block.columns)), _varint(block.rows)]
         for column in block.columns:
-            write_binary_str(column.name, out)
-            write_binary_str(column.type, out)
-            if revision >= defines.DBMS_MIN_REVISION_WITH_CUSTOM_SERIALIZATION:
-                write_binary_uint8(0, out)  # the type's own serialisation
-            for piece in column.pieces:
-                out.write(piece)
-        out.flush()
+            packet += [_string(column.name), _string(column.type), kind, *column.pieces]
+        # The driver's own buffer takes bytes only, and of a memoryview, silently, the first few (0.2.11).
+        connection.fout.flush()
+        connection.socket.sendall(b"".join(packet))
 
 
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _string(text: str) -> bytes:
+    return _varint(len(text)) + text.encode()
