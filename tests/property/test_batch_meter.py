@@ -184,10 +184,10 @@ class Side:
         """Feed what comes up to an offset, as the engine would."""
         first = self.meter.next_offset
         if self.fast:
-            batches = [b for b in kafka_batches.batches_of(data, first) if b.base_offset <= until]
+            batches = [b for b in kafka_batches.batches_of(data) if b.offset >= first and b.base_offset <= until]
             self.meter.take(BatchedRecords(batches, first))
         else:
-            self.meter.take([r for r in kafka_batches.records_of(data, first) if r.offset <= until])
+            self.meter.take([r for r in kafka_batches.records_of(data) if first <= r.offset <= until])
 
     def flush(self, now):
         """What it decided, in a form that can be compared, and committed."""
