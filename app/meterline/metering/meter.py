@@ -438,7 +438,7 @@ class Meter:
         """Every total that changed, then the progress: behind it no total is missing."""
         topic_id = self.meta.topic_id
         totals = [
-            UsageTotal(topic_id, self.partition, client, cutoff, replace(self._totals[client].sums))
+            UsageTotal(topic_id, self.partition, client, cutoff, self._totals[client].sums.copy())
             for client in sorted(self._unpublished_totals)
         ]
         self._unpublished_totals = set()
@@ -452,7 +452,7 @@ class Meter:
         clients.discard(client)
         if not clients:
             del self._unpublished[start]
-        skus = {sku: replace(total) for sku, total in window.skus.items()}
+        skus = {sku: total.copy() for sku, total in window.skus.items()}
         return WindowSnapshot(self._ref(start, client), cutoff, skus, now_ms, self.watermark)
 
     def _ref(self, start: int, client: str) -> WindowRef:

@@ -19,8 +19,9 @@ IDENTITY_LOW, IDENTITY_HIGH, DIGEST = range(3)
 HASH_FIELDS = 3
 
 IDENTITY, PAYLOAD = 0, 1
-IDENTITY_TAG = np.frombuffer(b"20:meterline.identity.1,", np.uint8)
-PAYLOAD_TAG = np.frombuffer(b"19:meterline.payload.1,", np.uint8)
+IDENTITY_TAG = b"20:meterline.identity.1,"
+PAYLOAD_TAG = b"19:meterline.payload.1,"
+IDENTITY_START, PAYLOAD_START = len(IDENTITY_TAG), len(PAYLOAD_TAG)
 IDENTITY_BYTES, PAYLOAD_BYTES = 12, 8
 
 BLOCKS_MAX = 4
@@ -33,6 +34,9 @@ class Scratch:
 
     def __init__(self) -> None:
         self.bytes = np.zeros((QUEUES, LANES, BLOCKS_MAX * BLOCK_BYTES), np.uint8)
+        # Every message of a queue begins alike: its tag is written once.
+        self.bytes[:BLOCKS_MAX, :, : len(IDENTITY_TAG)] = np.frombuffer(IDENTITY_TAG, np.uint8)
+        self.bytes[BLOCKS_MAX:, :, : len(PAYLOAD_TAG)] = np.frombuffer(PAYLOAD_TAG, np.uint8)
         self.lengths = np.zeros((QUEUES, LANES), np.int64)
         self.records = np.zeros((QUEUES, LANES), np.int64)
         self.waiting = np.zeros(QUEUES, np.int64)
@@ -123,20 +127,17 @@ def hash_records(
         client = _field_bytes(row[CLIENT_N])
         for kind in (IDENTITY, PAYLOAD):
             if kind == IDENTITY:
-                length = IDENTITY_TAG.size + client + _field_bytes(row[EVENT_N])
+                length = IDENTITY_START + client + _field_bytes(row[EVENT_N])
             else:
                 length = (
-                    PAYLOAD_TAG.size + client + _field_bytes(row[SKU_N])
+                    PAYLOAD_START + client + _field_bytes(row[SKU_N])
                     + _field_bytes(_digits(row[CREDITS])) + 4
                 )  # fmt: skip
             blocks = (length + BLOCK_BYTES - 1) // BLOCK_BYTES
             queue = kind * BLOCKS_MAX + blocks - 1
             lane = waiting[queue]
             out = message[queue, lane]
-            tag = IDENTITY_TAG if kind == IDENTITY else PAYLOAD_TAG
-            at = tag.size
-            for k in range(at):
-                out[k] = tag[k]
+            at = IDENTITY_START if kind == IDENTITY else PAYLOAD_START
             at = _put_field(out, at, data, row[CLIENT], row[CLIENT_N])
             if kind == IDENTITY:
                 at = _put_field(out, at, data, row[EVENT], row[EVENT_N])
