@@ -41,7 +41,7 @@ def records_of(data, first_offset=0, partition=0):
     """What aiokafka's own classes make of a fetch."""
     walk, memory = STOCK
     tp = TopicPartition(TOPIC, partition)
-    return list(walk(tp, memory(data), [], first_offset, None, None, True, 1))
+    return list(walk(tp, memory(data), [], first_offset, None, None, True, 1))  # noqa: FBT003 - aiokafka's
 
 
 def batches_of(data, first_offset=0, partition=0):
@@ -49,7 +49,7 @@ def batches_of(data, first_offset=0, partition=0):
     tp = TopicPartition(TOPIC, partition)
     batches._topics_in_batches.add(TOPIC)
     kept = batches._KeptRecords(data)
-    return list(batches._BatchesOfPartition(tp, kept, [], first_offset, None, None, True, 1))
+    return list(batches._BatchesOfPartition(tp, kept, [], first_offset, None, None, True, 1))  # noqa: FBT003 - aiokafka's
 
 
 assert STOCK[1] is MemoryRecords

@@ -167,9 +167,7 @@ def _measure(
     work.publish(producer, topic, slice(WARM_UP_EVENTS, None))
     worker.wait(accounted, len(work.messages), RUN_TIMEOUT_S)
     counted = len(work.messages) - WARM_UP_EVENTS
-    return Measurement(
-        counted, worker.cpu_s() - cpu_s, time.monotonic() - clock, worker.memory_mib()
-    )
+    return Measurement(counted, worker.cpu_s() - cpu_s, time.monotonic() - clock, worker.memory_mib())
 
 
 def _producer(bootstrap: str) -> Producer:

@@ -10,17 +10,19 @@ from the moment it has its partitions until the last event is committed, and no 
 publisher, in which its loop would turn for nothing. Stock is slower than the publisher by far: its clock runs
 from right before its events are published, the first 1,000 of them apart.
 
-* Ours, twice: the fast path (extra `fast`) and the plain one, is `meterline worker metering` as it is shipped, with its log lines: decode, checks, exact dedupe, rows
-  acknowledged by the ledger, changelog and window snapshots in Kafka transactions, and the closing of
-  windows. "Committed" includes all that. Answering its metrics page ten times a second is in its figure.
+* Ours is `meterline worker metering` as it is shipped, twice: on the fast path (extra `fast`) and on the plain
+  one. Decode, checks, exact dedupe, rows acknowledged by the ledger, changelog and window snapshots in Kafka
+  transactions, and the closing of windows. "Committed" includes all that. Answering its metrics page ten
+  times a second is in its figure.
 * Stock is `stock_faust.py`: Record, codec, tumbling table with changelog. It keeps the sums only: no checks,
   no dedupe, no ledger, no closing, at least once. Its clock stops when the broker has the last change of its
   table; the offset commit after it is not counted, and its progress is read at the broker.
 
 So stock is given less work. One difference is for us: a run of ours has more events, so that what a run costs
-whatever its size (connections, closing the same ten windows) is shared by more of them. Set here:
-windows of 2 s and no lateness, so that they close inside the run and not in an hour. There are no
-duplicates, because stock would count them: dedupe is paid for, but not put to the test here. A busy machine raises CPU time too: compare by the ratio, within a run.
+whatever its size (connections, closing the same ten windows) is shared by more of them. Set here: windows of
+2 s and no lateness, so that they close inside the run and not in an hour. There are no duplicates, because
+stock would count them: dedupe is paid for, but not put to the test here. A busy machine raises CPU time too:
+compare by the ratio, within a run.
 """
 
 from __future__ import annotations

@@ -24,7 +24,15 @@ from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal
 from meterline.ledger.tables import EVENT_COLUMNS
 from meterline.metering.fast import factory
 from meterline.metering.meter import Meter
-from meterline.metering.state import Counters, Meta, aggregate_key, aggregate_value, meta_key, total_key, total_value
+from meterline.metering.state import (
+    Counters,
+    Meta,
+    aggregate_key,
+    aggregate_value,
+    meta_key,
+    total_key,
+    total_value,
+)
 from meterline.settings import MeteringSettings
 from meterline.streaming.batches import BatchedRecords
 
@@ -70,7 +78,8 @@ odd_events = st.builds(
         st.integers(-(2**63), 2**63 - 1),
     ),
     occurred_at=st.one_of(
-        st.sampled_from([FIVE_MINUTES, FIVE_MINUTES + 1, -START, -START - 1, -(2**62)]), st.integers(-(2**62), 2**62)
+        st.sampled_from([FIVE_MINUTES, FIVE_MINUTES + 1, -START, -START - 1, -(2**62)]),
+        st.integers(-(2**62), 2**62),
     ),
     source=texts,
     attributes=st.one_of(
@@ -180,11 +189,13 @@ class Side:
         )
         self.meter.restore(self.state)
 
-    def take(self, data, until):
+    def take(self, data, until, *, in_batches=True):
         """Feed what comes up to an offset, as the engine would."""
         first = self.meter.next_offset
-        if self.fast:
-            batches = [b for b in kafka_batches.batches_of(data) if b.offset >= first and b.base_offset <= until]
+        if self.fast and in_batches:
+            batches = [
+                b for b in kafka_batches.batches_of(data) if b.offset >= first and b.base_offset <= until
+            ]
             self.meter.take(BatchedRecords(batches, first))
         else:
             self.meter.take([r for r in kafka_batches.records_of(data) if first <= r.offset <= until])
@@ -223,7 +234,11 @@ class Side:
     def _past(self, ref):
         applied, sums = self.meter.meta.applied_offset, {}
         for offset, row in self.ledger.items():
-            if offset <= applied and row["client_id"] == ref.client_id and ref.start <= row["occurred_at"] < ref.end:
+            if (
+                offset <= applied
+                and row["client_id"] == ref.client_id
+                and ref.start <= row["occurred_at"] < ref.end
+            ):
                 total = sums.setdefault(row["sku"], SkuTotal())
                 if row["billable"]:
                     total.count += 1
@@ -254,7 +269,7 @@ options_of_a_worker = st.builds(
 steps = st.lists(
     st.tuples(
         st.integers(1, 10),
-        st.sampled_from(["take", "flush", "flush", "crash"]),
+        st.sampled_from(["take", "flush", "flush", "crash", "one by one"]),
         st.sampled_from([0, 1_000, 4_000]),
         options_of_a_worker,
     ),
@@ -264,7 +279,11 @@ steps = st.lists(
 
 def first_state(total=0):
     """Where a partition stands that has a client and a window with sums near the end of int64, or none."""
-    state = {meta_key(0): Meta("cluster", "topic", FIRST - 1, 0, 0, LENGTH, Counters(first_offset=FIRST)).to_bytes()}
+    state = {
+        meta_key(0): Meta(
+            "cluster", "topic", FIRST - 1, 0, 0, LENGTH, Counters(first_offset=FIRST)
+        ).to_bytes()
+    }
     if total:
         sums = SkuTotal(1, total)
         state[aggregate_key(0, START, "a", "x")] = aggregate_value(sums)
@@ -282,8 +301,10 @@ def test_the_fast_meter_says_what_the_plain_one_says(log, options, plan, total):
     for count, step, pause, changed in [*plan, (len(offsets) + 1, "flush", 10_000, options)]:
         now += pause
         ahead = [offset for offset in offsets if offset >= sides[0].meter.next_offset]
-        for side in sides:
-            if ahead:
+        for side in sides if ahead else ():
+            if step == "one by one":  # and the next batch begins below what was taken
+                side.take(data, ahead[:count][-1], in_batches=False)
+            else:
                 side.take(data, _end_of_batch(data, ahead[:count][-1]))
         said = [side.flush(now) for side in sides] if step == "flush" else None
         if step == "crash":

@@ -115,7 +115,7 @@ class RecordCodec:
         return cast("dict[str, Any]", record)
 
     def heads(self, version: int) -> list[bytes]:
-        """What may stand in front of a record of one version: its fingerprint, or a registry id met before."""
+        """What may stand in front of a record of a version: its fingerprint, a registry id met before."""
         fingerprint = self._fingerprints[version - 1]
         schemas = self._by_fingerprint[fingerprint]
         return [SINGLE_OBJECT + fingerprint] + [

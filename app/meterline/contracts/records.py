@@ -70,7 +70,7 @@ def snapshot_to_record(snapshot: WindowSnapshot) -> dict[str, Any]:
 
 
 def _sums_to_record(sums: SkuTotal) -> dict[str, int]:
-    """Its fields by name. (`dataclasses.asdict` takes ten times as long, and a window has many SKUs.)"""
+    """Its fields by name; `dataclasses.asdict` takes ten times as long, and a window has many SKUs."""
     return {
         "count": sums.count,
         "credits_micro": sums.credits_micro,

@@ -27,7 +27,7 @@ class SkuTotal:
     free_credits_micro: int = 0
 
     def copy(self) -> SkuTotal:
-        """What it is now. (`dataclasses.replace` takes seven times as long, once for each SKU of a window.)"""
+        """What it is now; `dataclasses.replace` takes seven times as long, for each SKU of a window."""
         return SkuTotal(self.count, self.credits_micro, self.free_count, self.free_credits_micro)
 
 

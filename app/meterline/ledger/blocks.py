@@ -51,7 +51,7 @@ class Insert(list[Sequence[Any]]):
 
 
 class BlockClient(Client):  # type: ignore[misc]  # the driver has no types
-    """The driver's client, taught to send encoded blocks. Its connection, settings and errors stay its own."""
+    """The driver's client, taught to send encoded blocks; its connection, settings and errors are its own."""
 
     def send_data(
         self,

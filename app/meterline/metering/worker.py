@@ -59,7 +59,9 @@ def create_app(settings: Settings) -> WorkerApp:
             progress=RecordCodec("usage-progress", registry),
             dead_letters=RecordCodec("dead-letter", registry),
             window_partitions=counts[USAGE_WINDOWS],
-            make_meter=make_meter if fast is None else partial(fast.make_meter, heads=partial(events.heads, 1)),
+            make_meter=make_meter
+            if fast is None
+            else partial(fast.make_meter, heads=partial(events.heads, 1)),
         )
         return lambda partition: MeteringOwner(partition, tools)
 

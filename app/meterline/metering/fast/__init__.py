@@ -1,7 +1,7 @@
-"""The fast path: whole record batches through compiled kernels. Needs the extra `fast`; the plain one doesn't.
+"""The fast path: whole record batches through compiled kernels. Needs the extra `fast`.
 
-    bytes of batches -> scan -> hashing -> fold -> columns for ClickHouse, sums for the meter
-                                  \\-> whatever is not ordinary -> the plain meter, record by record
+bytes of batches -> scan -> hashing -> fold -> columns for ClickHouse, sums for the meter
+whatever is not ordinary                    -> the plain meter, record by record
 """
 
 from __future__ import annotations

@@ -19,13 +19,24 @@ from meterline.domain.events import UsageEvent
 from meterline.domain.totals import UsageProgress
 from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal, WindowRef, window_start_of
 from meterline.metering.fast.fold import (
-    CELL_FIELDS, GROUP_FIELDS, RULE_FIELDS, STATE_FIELDS, fold_records,
+    CELL_FIELDS,
+    GROUP_FIELDS,
+    RULE_FIELDS,
+    STATE_FIELDS,
+    fold_records,
 )  # fmt: skip
 from meterline.metering.fast.hashing import HASH_FIELDS, Scratch, hash_records
 from meterline.metering.fast.index import ArrayIndex
 from meterline.metering.fast.rows import Names, Rows
 from meterline.metering.fast.scan import (
-    B_START, BATCH, BATCH_FIELDS, CORRUPT, FIELDS, HEAD_BYTES, START, scan_batches,
+    B_START,
+    BATCH,
+    BATCH_FIELDS,
+    CORRUPT,
+    FIELDS,
+    HEAD_BYTES,
+    START,
+    scan_batches,
 )  # fmt: skip
 from meterline.metering.meter import INT64_MAX, ClientTotal, Flush, Meter
 from meterline.metering.state import Meta
@@ -108,9 +119,13 @@ class BatchMeter(Meter):
         if count > self._work.size:
             self._work = _Work(count)
         records, hashes = self._work.records, self._work.hashes
-        names = [names.lend(count, len(data)) for names in (self._clients, self._skus, self._sources)]
-        heads = _heads_array(self._heads())
-        scanned = scan_batches(data, table, chunk.first_offset, *heads, *names, records)
+        heads, heads_n = _heads_array(self._heads())
+        clients = self._clients.lend(count, len(data))
+        skus = self._skus.lend(count, len(data))
+        sources = self._sources.lend(count, len(data))
+        scanned = scan_batches(
+            data, table, chunk.first_offset, heads, heads_n, clients, skus, sources, records
+        )
         if scanned == CORRUPT:
             super().take(chunk)  # and let it say what is wrong
             return
@@ -153,7 +168,8 @@ class BatchMeter(Meter):
         clients, skus = self._clients.texts(), self._skus.texts()
         touched = []
         for start, code, watermark, last_offset, _ in groups:
-            key = start, client = start, clients[code]
+            client = clients[code]
+            key = start, client
             window = self.windows.get(key)
             if window is None:
                 window = self._window(start, client)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from meterline.domain.events import UsageEvent
-from meterline.errors import DeadLetterError
 from meterline.domain.reasons import Reason
+from meterline.errors import DeadLetterError
 from meterline.metering.fast.batch_meter import BatchMeter
 from meterline.metering.fast.index import ArrayIndex
 from meterline.metering.state import Meta
@@ -33,12 +33,11 @@ def warm_up() -> None:
     # One ordinary record and one poison: every kernel runs.
     records = b"".join(_record(number, value) for number, value in enumerate((_EVENT, b"")))
     meter.take(BatchedRecords([RawBatch("", 0, 0, 1, 2, 1, 1, records)]))
-    assert len(meter.seen) == 1  # type: ignore[arg-type]
-    meter.seen.add(0, 0, 0)
-    meter.seen.add_all([1], [1], [1])
-    meter.seen.find(1, 1)
-    meter.seen.make_room(10_000, 1)
     meter.build_flush(0)
+    index = ArrayIndex(1)
+    index.add_all([1], [1], [1])
+    index.make_room(10_000, 1)
+    index.find(1, 1)
 
 
 _EVENT = b"\xc3\x01" + b"\x02e\x02c\x02t\x02s\x02\x02\x00\x00\x00\x01\x00"

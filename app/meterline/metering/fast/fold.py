@@ -15,8 +15,23 @@ from meterline.domain.windows import SKUS_PER_WINDOW_MAX
 from meterline.metering.fast.hashing import DIGEST, IDENTITY_HIGH, IDENTITY_LOW
 from meterline.metering.fast.jit import compiled
 from meterline.metering.fast.scan import (
-    ATTRIBUTES, ATTRIBUTES_COUNT, BILLABLE, CLIENT_CODE, CORRELATION, CORRELATION_N, CREDITS, EVENT, EVENT_N,
-    OCCURRED, OFFSET, ORDINARY, RESERVATION, RESERVATION_N, SKU_CODE, SOURCE_CODE, TIMESTAMP,
+    ATTRIBUTES,
+    ATTRIBUTES_COUNT,
+    BILLABLE,
+    CLIENT_CODE,
+    CORRELATION,
+    CORRELATION_N,
+    CREDITS,
+    EVENT,
+    EVENT_N,
+    OCCURRED,
+    OFFSET,
+    ORDINARY,
+    RESERVATION,
+    RESERVATION_N,
+    SKU_CODE,
+    SOURCE_CODE,
+    TIMESTAMP,
 )  # fmt: skip
 
 __all__ = ["fold_records", "slot_of"]
@@ -98,7 +113,8 @@ def _copy(out: Any, at: int, data: Any, start: int, length: int) -> int:
 @compiled
 def _length(data: Any, at: int) -> Any:
     """An Avro length that was read before: the number, and where the text begins."""
-    value, shift = 0, 0
+    value: Any = 0
+    shift = 0
     while data[at] >= 0x80:
         value |= np.int64(data[at] & 0x7F) << shift
         shift += 7

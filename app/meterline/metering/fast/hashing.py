@@ -9,13 +9,21 @@ import numpy as np
 from meterline.metering.fast.blake2b import BLOCK_BYTES, LANES, digest_lanes
 from meterline.metering.fast.jit import compiled
 from meterline.metering.fast.scan import (
-    BILLABLE, CLIENT, CLIENT_N, CREDITS, EVENT, EVENT_N, ORDINARY, SKU, SKU_N,
+    BILLABLE,
+    CLIENT,
+    CLIENT_N,
+    CREDITS,
+    EVENT,
+    EVENT_N,
+    ORDINARY,
+    SKU,
+    SKU_N,
 )  # fmt: skip
 
 __all__ = ["HASH_FIELDS", "Scratch", "hash_records"]
 
 IDENTITY_LOW, IDENTITY_HIGH, DIGEST = range(3)
-"""The identity's 96 bits as ClickHouse stores them: the low 64, then the high 32; and the payload's digest."""
+"""The identity's 96 bits as ClickHouse stores them, the low 64 first; and the payload's digest."""
 HASH_FIELDS = 3
 
 IDENTITY, PAYLOAD = 0, 1
@@ -97,7 +105,9 @@ def _swap(word: Any) -> Any:
 
 
 @compiled
-def _run(queue: int, hashes: Any, words: Any, lengths: Any, records: Any, waiting: Any, v: Any, h: Any, m: Any) -> None:  # fmt: skip
+def _run(
+    queue: int, hashes: Any, words: Any, lengths: Any, records: Any, waiting: Any, v: Any, h: Any, m: Any
+) -> None:  # fmt: skip
     """Hash what waits in one queue; lanes without a message hash what stood there before, unread."""
     kind, blocks = queue // BLOCKS_MAX, queue % BLOCKS_MAX + 1
     size = IDENTITY_BYTES if kind == IDENTITY else PAYLOAD_BYTES

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from meterline.metering.fast.fold import (
-    ID_DIGEST, ID_FIELDS, ID_HIGH, ID_LOW, ID_TIME, NO_TIME, move_ids, put_ids, slot_of,
+    ID_DIGEST,
+    ID_FIELDS,
+    ID_HIGH,
+    ID_LOW,
+    ID_TIME,
+    NO_TIME,
+    move_ids,
+    put_ids,
+    slot_of,
 )  # fmt: skip
 
 __all__ = ["ArrayIndex"]

@@ -7,11 +7,13 @@ whoever calls one has made the arrays large enough (`columns.py`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from numba import njit
 
 __all__ = ["compiled"]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _compiler() -> Callable[..., Any]:
@@ -23,4 +25,9 @@ def _compiler() -> Callable[..., Any]:
     return cached
 
 
-compiled: Any = _compiler()
+_compile = _compiler()
+
+
+def compiled(function: F) -> F:
+    """Compile at the first call with each combination of types; here there is one."""
+    return cast("F", _compile(function))

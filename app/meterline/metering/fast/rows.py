@@ -1,4 +1,4 @@
-"""The ledger's rows of one flush, as bytes from the start: what the kernels write, made a block of columns."""
+"""The ledger's rows of one flush, as bytes from the start: what the kernels write, as a block of columns."""
 
 from __future__ import annotations
 
@@ -9,9 +9,29 @@ import numpy as np
 from meterline.ledger.blocks import EncodedBlock, EncodedColumn
 from meterline.ledger.tables import EVENT_COLUMNS
 from meterline.metering.fast.fold import (
-    CORRELATION_BYTES, EVENT_BYTES, FILLED_FIELDS, KEY_BYTES, R_APPENDED, R_ATTRIBUTES, R_BILLABLE, R_CLIENT,
-    R_CREDITS, R_DIGEST, R_ID_HIGH, R_ID_LOW, R_NO_RESERVATION, R_OCCURRED, R_OFFSET, R_SKU, R_SOURCE,
-    RESERVATION_BYTES, ROW_CODES, ROW_FLAGS, ROW_LONGS, ROWS, VALUE_BYTES,
+    CORRELATION_BYTES,
+    EVENT_BYTES,
+    FILLED_FIELDS,
+    KEY_BYTES,
+    R_APPENDED,
+    R_ATTRIBUTES,
+    R_BILLABLE,
+    R_CLIENT,
+    R_CREDITS,
+    R_DIGEST,
+    R_ID_HIGH,
+    R_ID_LOW,
+    R_NO_RESERVATION,
+    R_OCCURRED,
+    R_OFFSET,
+    R_SKU,
+    R_SOURCE,
+    RESERVATION_BYTES,
+    ROW_CODES,
+    ROW_FLAGS,
+    ROW_LONGS,
+    ROWS,
+    VALUE_BYTES,
 )  # fmt: skip
 from meterline.metering.fast.scan import code_again
 
@@ -31,7 +51,7 @@ Piece = bytes | memoryview
 
 
 class Names:
-    """Texts that come again and again, numbered in the order of arrival: a dictionary as ClickHouse has it."""
+    """Texts that come again and again, numbered in the order of arrival: a ClickHouse dictionary."""
 
     def __init__(self) -> None:
         self._table = np.full(1 << 10, -1, np.int32)
@@ -82,18 +102,18 @@ class Rows:
     def __init__(self, like: Rows | None = None) -> None:
         """As large as the ones before, so that they seldom grow."""
         n = ROWS_MIN if like is None else like._longs.shape[1]  # noqa: SLF001 - its own class
-        self._longs = np.empty((ROW_LONGS, n), np.int64)
+        self._longs: Any = np.empty((ROW_LONGS, n), np.int64)
         self._codes = np.empty((ROW_CODES, n), np.int32)
         self._flags = np.empty((ROW_FLAGS, n), np.uint8)
         self._filled = np.zeros(FILLED_FIELDS, np.int64)
-        sizes = [BYTES_MIN] * 5 if like is None else [len(column) for column in like._texts]  # noqa: SLF001
-        self._texts = [np.empty(size, np.uint8) for size in sizes]
+        sizes = [BYTES_MIN] * 5 if like is None else [len(column) for column in like._texts]  # noqa: SLF001 - its own class
+        self._texts: list[Any] = [np.empty(size, np.uint8) for size in sizes]
 
     def __len__(self) -> int:
         return int(self._filled[ROWS])
 
     def lend(self, more: int, more_bytes: int) -> tuple[Any, ...]:
-        """The arrays, with room for so many more rows made of so many bytes, in the order the kernel takes them."""
+        """The arrays in the order the kernel takes them, with room for more rows of so many bytes."""
         count = len(self)
         if count + more > self._longs.shape[1]:
             size = max(count + more, 2 * self._longs.shape[1])
@@ -105,17 +125,19 @@ class Rows:
             self._texts[number] = _grown(self._texts[number], end, end + more_bytes + LENGTH_BYTES * more)
         return self._longs, self._codes, self._flags, self._filled, *self._texts
 
-    def block(self, topic_id: str, partition: int, clients: Names, skus: Names, sources: Names) -> EncodedBlock:
+    def block(
+        self, topic_id: str, partition: int, clients: Names, skus: Names, sources: Names
+    ) -> EncodedBlock:
         """All rows, in the order of the ledger's columns."""
         n = len(self)
         no_codes = np.zeros(n, np.int32)
         topic = topic_id.encode()
 
         def long(number: int) -> tuple[Piece, ...]:
-            return (memoryview(self._longs[number, :n]).cast("B"),)
+            return (_bytes_of(self._longs[number, :n]),)
 
         def text(number: int) -> tuple[Piece, ...]:
-            return (memoryview(self._texts[number - EVENT_BYTES][: self._filled[number]]),)
+            return (_bytes_of(self._texts[number - EVENT_BYTES][: self._filled[number]]),)
 
         identity = np.stack([self._longs[R_ID_LOW, :n], self._longs[R_ID_HIGH, :n]], axis=1)
         empty_name = _low_cardinality(b"\0", 1, no_codes)
@@ -137,9 +159,9 @@ class Rows:
             "attributes": ("Map(String, String)", long(R_ATTRIBUTES) + text(KEY_BYTES) + text(VALUE_BYTES)),
             "reservation_id": (
                 "Nullable(String)",
-                (memoryview(self._flags[R_NO_RESERVATION, :n]), *text(RESERVATION_BYTES)),
+                (_bytes_of(self._flags[R_NO_RESERVATION, :n]), *text(RESERVATION_BYTES)),
             ),
-            "billable": ("Bool", (memoryview(self._flags[R_BILLABLE, :n]),)),
+            "billable": ("Bool", (_bytes_of(self._flags[R_BILLABLE, :n]),)),
             "corrects_event_id": ("String", (bytes(n),)),
             "corrects_kind": ("LowCardinality(String)", empty_name),
             "corrects_topic_id": ("LowCardinality(String)", empty_name),
@@ -156,6 +178,11 @@ def _low_cardinality(texts: bytes, count: int, codes: Any) -> tuple[Piece, ...]:
     width, kind = (0, np.uint8) if count <= 1 << 8 else (1, np.uint16) if count <= 1 << 16 else (2, np.uint32)
     head = LOW_CARDINALITY_VERSION + _int64(LOW_CARDINALITY_FLAGS | width) + _int64(count)
     return head, texts, _int64(len(codes)), codes.astype(kind).tobytes()
+
+
+def _bytes_of(array: Any) -> memoryview:
+    """What an array holds, not copied."""
+    return memoryview(array).cast("B")
 
 
 def _int64(value: int) -> bytes:
