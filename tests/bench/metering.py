@@ -10,7 +10,7 @@ from the moment it has its partitions until the last event is committed, and no 
 publisher, in which its loop would turn for nothing. Stock is slower than the publisher by far: its clock runs
 from right before its events are published, the first 1,000 of them apart.
 
-* Ours is `meterline worker metering` as it is shipped, twice: on the fast path (extra `fast`) and on the plain
+* Ours is `meterline worker metering` as it is shipped, twice: on the fast path (extra `fast`), on the plain
   one. Decode, checks, exact dedupe, rows acknowledged by the ledger, changelog and window snapshots in Kafka
   transactions, and the closing of windows. "Committed" includes all that. Answering its metrics page ten
   times a second is in its figure.

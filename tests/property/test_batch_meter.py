@@ -56,8 +56,8 @@ corrections = st.builds(
 )
 plain_events = st.builds(
     UsageEvent,
-    event_id=st.integers(0, 9).map("e{}".format),
-    client_id=st.sampled_from("abé"),
+    event_id=st.sampled_from(["e0", "e1", "e2", "e3"]),
+    client_id=st.sampled_from("aab"),
     correlation_id=st.sampled_from(["task", "task" * 20]),
     sku=st.sampled_from(["x", "y", "z" * 130]),
     credits_micro=st.sampled_from([0, 1, 1, 7, 9, 10, 63, 64, 999_999, CREDITS_MICRO_MAX]),
@@ -67,31 +67,37 @@ plain_events = st.builds(
     reservation_id=st.sampled_from([None, None, "", "r1", "r" * 200]),
     billable=st.sampled_from([True, True, False]),
 )
-odd_events = st.builds(
-    UsageEvent,
-    event_id=odd_ids,
-    client_id=odd_ids,
-    correlation_id=odd_ids,
-    sku=odd_ids,
-    credits_micro=st.one_of(
+# One field at a time, so that a broken rule isn't hidden behind another one.
+odd_values = {
+    "event_id": odd_ids,
+    "client_id": odd_ids,
+    "correlation_id": odd_ids,
+    "sku": odd_ids,
+    "credits_micro": st.one_of(
         st.sampled_from([-1, -CREDITS_MICRO_MAX, CREDITS_MICRO_MAX + 1, 2**62, 2**63 - 1, -(2**63)]),
         st.integers(-(2**63), 2**63 - 1),
     ),
-    occurred_at=st.one_of(
-        st.sampled_from([FIVE_MINUTES, FIVE_MINUTES + 1, -START, -START - 1, -(2**62)]),
-        st.integers(-(2**62), 2**62),
+    "occurred_at": st.sampled_from(
+        [FIVE_MINUTES, FIVE_MINUTES + 1, FIVE_MINUTES + 1, -START, -START - 1, -(2**62), 2**62]
     ),
-    source=texts,
-    attributes=st.one_of(
+    "source": texts,
+    "attributes": st.one_of(
         st.dictionaries(texts, st.sampled_from(["", "v", "v" * 4_096, "v" * 4_097]), max_size=3),
         st.sampled_from([{str(number): "" for number in range(count)} for count in (64, 65)]),
     ),
-    reservation_id=st.one_of(st.none(), texts),
-    billable=st.booleans(),
-    corrects=st.one_of(st.none(), corrections),
-)
+    "reservation_id": texts,
+    "corrects": corrections,
+}
+
+
+@st.composite
+def odd_events(draw):
+    field = draw(st.sampled_from(sorted(odd_values)))
+    return draw(plain_events)._replace(**{field: draw(odd_values[field])})
+
+
 heads = st.sampled_from(
-    [b"\xc3\x01" + CODEC.newest.fingerprint] * 6
+    [b"\xc3\x01" + CODEC.newest.fingerprint] * 16
     + [struct.pack(">bI", 0, REGISTRY_ID)] * 2
     + [struct.pack(">bI", 0, 8), b"\xc3\x01" + bytes(8), b"\xc3", b"\x01"]
 )
@@ -100,7 +106,7 @@ heads = st.sampled_from(
 @st.composite
 def mutations(draw):
     """Changes to encoded bytes, most of them none."""
-    kind = draw(st.sampled_from(["none"] * 8 + ["flip", "cut", "more", "insert"]))
+    kind = draw(st.sampled_from(["none"] * 20 + ["flip", "cut", "more", "insert"]))
     where = draw(st.floats(0, 1, exclude_max=True))
     what = draw(st.binary(min_size=1, max_size=3))
 
@@ -126,8 +132,8 @@ def encoded(event, head, now):
 
 drafts = st.tuples(
     st.sampled_from([0, 0, 0, 0, 1, 3]),  # offsets without a record before this one
-    st.sampled_from([0, 0, 1, 100, 1_000, 5_000, 31_000, HORIZON, HORIZON + 1, -5_000]),
-    st.one_of(plain_events, plain_events, plain_events, odd_events),
+    st.sampled_from([0, 0, 0, 1, 100, 1_000, 5_000, HORIZON, HORIZON, HORIZON + 1, -5_000]),
+    st.one_of(plain_events, plain_events, odd_events()),
     heads,
     mutations(),
     st.sampled_from([None, b"", b"key"]),
@@ -291,7 +297,7 @@ def first_state(total=0):
     return state
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(logs(), options_of_a_worker, steps, st.sampled_from([0, 0, 2**63 - 9, 2**63 - 2 * CREDITS_MICRO_MAX]))
 def test_the_fast_meter_says_what_the_plain_one_says(log, options, plan, total):
     """Rows, windows, totals, progress, duplicates, dead letters with reasons and bytes, changelog, memory."""

@@ -44,9 +44,8 @@ def test_every_lane_is_hashlibs_blake2b(length, size):
 def test_the_tags_are_the_contracts():
     """Golden vectors name the tag in front of each message."""
     for name, tag in (("identity-hash", IDENTITY_TAG), ("payload-digest", PAYLOAD_TAG)):
-        assert tag[3:-1].decode() in json.dumps(
-            json.loads((schemas_dir() / f"golden/{name}.json").read_text())
-        )
+        golden = schemas_dir() / "golden" / f"{name}.json"
+        assert tag[3:-1].decode() in golden.read_text()
 
 
 def test_the_array_index_answers_as_the_domains_does():
