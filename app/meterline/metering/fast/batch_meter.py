@@ -35,6 +35,7 @@ from meterline.metering.fast.scan import (
     CORRUPT,
     FIELDS,
     HEAD_BYTES,
+    ORDINARY,
     START,
     scan_batches,
 )  # fmt: skip
@@ -133,11 +134,19 @@ class BatchMeter(Meter):
         self._index.make_room(scanned, self._appended_at)
         rows = self._encoded.lend(scanned, len(data))
         self._bound_sums()
+        starts = table[:, B_START].tolist()
         first = 0
         while (first := self._fold_scanned(data, first, scanned, rows)) < scanned:
-            batch, start = records[first, BATCH], records[first, START]
-            super().take([batches[batch].record(int(start - table[batch, B_START]))[0]])
-            first += 1
+            last = first + 1
+            while last < scanned and not records[last, ORDINARY]:
+                last += 1  # a flood of poison is taken at one go
+            super().take(
+                [
+                    batches[batch].record(start - starts[batch])[0]
+                    for batch, start in records[first:last, (BATCH, START)].tolist()
+                ]
+            )
+            first = last
 
     def _fold_scanned(self, data: Any, first: int, count: int, rows: tuple[Any, ...]) -> int:
         """Run the kernel up to a record that is for the plain meter; which one, or the count."""

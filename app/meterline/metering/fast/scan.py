@@ -323,7 +323,8 @@ def scan_batches(
             row[START] = start
             row[ORDINARY] = 0
             n += 1
-            if length < 0 or row[TIMESTAMP] < 0:
+            # (A base below 0 could wrap around to a time that looks like one.)
+            if length < 0 or row[TIMESTAMP] < 0 or batches[b, B_TIMESTAMP] < 0:
                 continue
             if _is_ordinary(data, value, value_end, heads, heads_n, row):
                 row[ORDINARY] = 1
