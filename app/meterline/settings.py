@@ -123,6 +123,9 @@ class MeteringSettings(BaseModel):
     """Closed windows stay in memory this long (event time); late events for older ones read the ledger."""
     pending_events_max: int = Field(60_000, ge=1_000)
     """Unflushed events of one worker; at this limit it stops taking records until a flush ends."""
+    fast_path: bool = True
+    """Read whole record batches natively where the extra `fast` is installed. What a worker does with an
+    event is the same with and without."""
 
 
 class BillingSettings(BaseModel):

@@ -22,8 +22,11 @@ from tests.bench.workload import PARTITIONS, WARM_UP_EVENTS, WINDOW_LENGTH_MS, W
 from meterline.contracts.topics import USAGE_EVENTS
 from meterline.local.ports import HOST
 
-START_TIMEOUT_S = 60.0
-RUN_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 180.0
+"""The first start after a change compiles the kernels."""
+RUN_TIMEOUT_S = 300.0
+READY_POLL_INTERVAL_S = 0.02
+"""The clock starts at most so long after the worker has its partitions."""
 POLL_INTERVAL_S = 0.1
 """An event's fate is looked up this often: at most so much idle time is counted."""
 STOP_TIMEOUT_S = 20.0
@@ -41,12 +44,14 @@ class Measurement:
     Attributes:
         events: how many were counted between the two looks at the clock.
         cpu_s: user and system time of the process, all its threads.
-        wall_s: includes publishing, which runs at the same time.
+        wall_s: between the same two looks.
+        memory_mib: the most the process ever had in memory, start-up included.
     """
 
     events: int
     cpu_s: float
     wall_s: float
+    memory_mib: float
 
     @property
     def cpu_s_per_million(self) -> float:
@@ -69,7 +74,21 @@ class Worker:
         times = psutil.Process(self._process.pid).cpu_times()
         return times.user + times.system
 
-    def wait(self, accounted: Callable[[], int], wanted: int, timeout_s: float) -> None:
+    def memory_mib(self) -> float:
+        """The most it ever had in memory (Linux; elsewhere what it has now)."""
+        status = Path(f"/proc/{self._process.pid}/status")
+        if status.exists():
+            peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+            return int(peak.split()[1]) / 1024
+        return psutil.Process(self._process.pid).memory_info().rss / 2**20
+
+    def wait(
+        self,
+        accounted: Callable[[], int],
+        wanted: int,
+        timeout_s: float,
+        poll_interval_s: float = POLL_INTERVAL_S,
+    ) -> None:
         """Until so many events are accounted for.
 
         Raises:
@@ -81,7 +100,7 @@ class Worker:
                 raise BenchError(f"a worker ended at {seen} of {wanted} events. {self._tail()}")
             if time.monotonic() > deadline:
                 raise BenchError(f"{seen} of {wanted} events after {timeout_s:.0f} s. {self._tail()}")
-            time.sleep(POLL_INTERVAL_S)
+            time.sleep(poll_interval_s)
 
     def _tail(self) -> str:
         lines = self._log_file.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
@@ -91,10 +110,19 @@ class Worker:
 def measure_ours(
     work: Workload, bootstrap: str, environment: Mapping[str, str], web_port: int, log_file: Path
 ) -> Measurement:
-    """Run `meterline worker metering` through the events, until every one is committed."""
+    """Run `meterline worker metering` through a backlog, until every event is committed.
+
+    The clock starts when the worker has its partitions, right before the first record is read.
+    """
+    work.publish(_producer(bootstrap), USAGE_EVENTS, slice(None))
     command = [str(Path(sys.executable).with_name("meterline")), "worker", "metering"]
     with _started([*command, "--web-port", str(web_port)], environment, log_file) as worker:
-        return _measure(worker, work, bootstrap, USAGE_EVENTS, lambda: _events_of_worker(web_port))
+        worker.wait(lambda: int(_is_ready(web_port)), 1, START_TIMEOUT_S, READY_POLL_INTERVAL_S)
+        clock, cpu_s = time.monotonic(), worker.cpu_s()
+        worker.wait(lambda: _events_of_worker(web_port), len(work.messages), RUN_TIMEOUT_S)
+        return Measurement(
+            len(work.messages), worker.cpu_s() - cpu_s, time.monotonic() - clock, worker.memory_mib()
+        )
 
 
 def measure_stock(work: Workload, bootstrap: str, name: str, log_file: Path) -> Measurement:
@@ -132,7 +160,18 @@ def stock_changelog(name: str) -> str:
 def _measure(
     worker: Worker, work: Workload, bootstrap: str, topic: str, accounted: Callable[[], int]
 ) -> Measurement:
-    producer = Producer(
+    producer = _producer(bootstrap)
+    work.publish(producer, topic, slice(0, WARM_UP_EVENTS))
+    worker.wait(accounted, WARM_UP_EVENTS, START_TIMEOUT_S)
+    clock, cpu_s = time.monotonic(), worker.cpu_s()
+    work.publish(producer, topic, slice(WARM_UP_EVENTS, None))
+    worker.wait(accounted, len(work.messages), RUN_TIMEOUT_S)
+    counted = len(work.messages) - WARM_UP_EVENTS
+    return Measurement(counted, worker.cpu_s() - cpu_s, time.monotonic() - clock, worker.memory_mib())
+
+
+def _producer(bootstrap: str) -> Producer:
+    return Producer(
         {
             "bootstrap.servers": bootstrap,
             "partitioner": "murmur2",
@@ -143,13 +182,14 @@ def _measure(
             "log_level": 0,
         }
     )
-    work.publish(producer, topic, slice(0, WARM_UP_EVENTS))
-    worker.wait(accounted, WARM_UP_EVENTS, START_TIMEOUT_S)
-    clock, cpu_s = time.monotonic(), worker.cpu_s()
-    work.publish(producer, topic, slice(WARM_UP_EVENTS, None))
-    worker.wait(accounted, len(work.messages), RUN_TIMEOUT_S)
-    counted = len(work.messages) - WARM_UP_EVENTS
-    return Measurement(counted, worker.cpu_s() - cpu_s, time.monotonic() - clock)
+
+
+def _is_ready(web_port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{HOST}:{web_port}/healthz/ready", timeout=10):
+            return True
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
 
 
 def _events_of_worker(web_port: int) -> int:

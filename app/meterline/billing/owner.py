@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -164,7 +164,7 @@ class BillingOwner(PartitionOwner):
 
     # -- records
 
-    def feed(self, records: Sequence[SourceRecord]) -> None:
+    def feed(self, records: Iterable[SourceRecord]) -> None:
         """Take records in; they are decoded by the next flush, because a registry may have to be asked."""
         self._arrived.extend(records)
 

@@ -74,9 +74,19 @@ def snapshot_to_record(snapshot: WindowSnapshot) -> dict[str, Any]:
         "topic_id": ref.topic_id,
         "source_partition": ref.partition,
         "cutoff_offset": snapshot.cutoff_offset,
-        "skus": [{"sku": sku, **asdict(total)} for sku, total in sorted(snapshot.skus.items())],
+        "skus": [{"sku": sku, **_sums_to_record(total)} for sku, total in sorted(snapshot.skus.items())],
         "closed_at": snapshot.closed_at,
         "watermark": snapshot.watermark,
+    }
+
+
+def _sums_to_record(sums: SkuTotal) -> dict[str, int]:
+    """Its fields by name; `dataclasses.asdict` takes ten times as long, and a window has many SKUs."""
+    return {
+        "count": sums.count,
+        "credits_micro": sums.credits_micro,
+        "free_count": sums.free_count,
+        "free_credits_micro": sums.free_credits_micro,
     }
 
 
@@ -113,7 +123,7 @@ def total_to_record(total: UsageTotal) -> dict[str, Any]:
     return {"topic_id": total.topic_id, "source_partition": total.partition} | {
         "client_id": total.client_id,
         "cutoff_offset": total.cutoff_offset,
-        **asdict(total.sums),
+        **_sums_to_record(total.sums),
     }
 
 

@@ -7,14 +7,28 @@ be found. Whether a copy is a duplicate depends on the two records alone, never 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
-__all__ = ["DedupeIndex"]
+__all__ = ["DedupeIndex", "SeenIds"]
 
 _TIME_BITS = 48
 _TIME_MASK = (1 << _TIME_BITS) - 1
 
 SLICES_PER_HORIZON = 24
 """Ids leave in slices; memory holds at most one slice more than the horizon."""
+
+
+class SeenIds(Protocol):
+    """What a meter asks of an index. Two that were given the same answer the same."""
+
+    def find(self, identity: int, appended_at: int) -> int | None:
+        """Payload digest of the copy that counts, or None if there was none within the horizon."""
+
+    def add(self, identity: int, digest: int, appended_at: int) -> None:
+        """Remember the copy that counts."""
+
+    def add_all(self, identities: Iterable[int], digests: Iterable[int], appended_at: Iterable[int]) -> None:
+        """Rebuild from columns in any order; where an id stands twice, the later copy counts."""
 
 
 class DedupeIndex:

@@ -26,6 +26,10 @@ class SkuTotal:
     free_count: int = 0
     free_credits_micro: int = 0
 
+    def copy(self) -> SkuTotal:
+        """What it is now; `dataclasses.replace` takes seven times as long, for each SKU of a window."""
+        return SkuTotal(self.count, self.credits_micro, self.free_count, self.free_credits_micro)
+
 
 @dataclass(frozen=True, slots=True)
 class WindowRef:

@@ -9,6 +9,7 @@ from clickhouse_driver import Client
 from clickhouse_driver.errors import Error, ErrorCodes, PartiallyConsumedQueryError, ServerException
 
 from meterline.errors import MeterlineError, RetryLater, UserError, WorkerMustExit
+from meterline.ledger.blocks import BlockClient
 from meterline.settings import ClickHouseSettings
 
 __all__ = ["Client", "LedgerNotMigrated", "connect", "explained", "ledger_errors", "translate"]
@@ -68,7 +69,7 @@ def connect(settings: ClickHouseSettings) -> Client:
 
     Errors of its queries are the driver's; wrap the work in `ledger_errors`.
     """
-    return Client(
+    return BlockClient(
         settings.host,
         port=settings.port,
         database=settings.database,

@@ -16,6 +16,7 @@ from itertools import chain
 from typing import Any
 
 from meterline.errors import MeterlineError, RetryLater, WorkerMustExit
+from meterline.ledger.blocks import EncodedBlock, Insert
 from meterline.ledger.client import ROWS_PER_BLOCK_MAX, Client, connect, translate
 from meterline.logs import get_logger
 from meterline.settings import ClickHouseSettings
@@ -40,11 +41,12 @@ class _Waiter:
     """The rows of one caller, and the future it waits on."""
 
     data: Sequence[Sequence[Any]]
+    block: EncodedBlock | None
     acknowledged: asyncio.Future[None]
 
     @property
     def rows(self) -> int:
-        return len(self.data[0])
+        return (len(self.data[0]) if self.data else 0) + (self.block.rows if self.block is not None else 0)
 
 
 @dataclass(slots=True)
@@ -70,27 +72,34 @@ class LedgerWriter:
         self._client: Client | None = None
         self._closed = False
 
-    async def insert(self, table: str, columns: Sequence[str], data: Sequence[Sequence[Any]]) -> None:
+    async def insert(
+        self,
+        table: str,
+        columns: Sequence[str],
+        data: Sequence[Sequence[Any]],
+        block: EncodedBlock | None = None,
+    ) -> None:
         """Store rows; returns when ClickHouse has acknowledged them.
 
         Args:
             table: see `meterline.ledger.tables`.
             columns: the names of the columns in `data`.
             data: one sequence per column, all of one length. They are read until the call returns and never
-                changed. Times are ints in the column's unit.
+                changed. Times are ints in the column's unit. Empty: no rows but those of the block.
+            block: more rows, encoded, in the same columns.
 
         Raises:
             WorkerMustExit: ClickHouse refuses these rows for good, or the writer is closed.
         """
         if self._closed:
             raise WorkerMustExit("the ledger's writer is closed")
-        if len(data) != len(columns) or len({len(column) for column in data}) != 1:
+        if data and (len(data) != len(columns) or len({len(column) for column in data}) != 1):
             raise WorkerMustExit(f"{table}: {len(columns)} columns of one length expected")
-        if not data[0]:
-            return
         key = (table, tuple(columns))
         lane = self._lanes.setdefault(key, _Lane(*key))
-        waiter = _Waiter(data, asyncio.get_running_loop().create_future())
+        waiter = _Waiter(data, block, asyncio.get_running_loop().create_future())
+        if not waiter.rows:
+            return
         lane.waiting.append(waiter)
         if lane.task is None or lane.task.done():
             lane.task = asyncio.create_task(self._drain(lane))
@@ -149,12 +158,14 @@ class LedgerWriter:
 
         The lists are made anew for each attempt: the driver may change those it is given.
         """
-        data = [list(chain.from_iterable(parts)) for parts in zip(*(w.data for w in group), strict=True)]
+        parts = zip(*(waiter.data for waiter in group if waiter.data), strict=True)
+        data = [list(chain.from_iterable(column)) for column in parts]
+        blocks = [waiter.block for waiter in group if waiter.block is not None]
         names = ", ".join(f"`{column}`" for column in columns)
         if self._client is None:
             self._client = connect(self._settings)
         try:
-            self._client.execute(f"INSERT INTO {table} ({names}) VALUES", data, columnar=True)
+            self._client.execute(f"INSERT INTO {table} ({names}) VALUES", Insert(data, blocks), columnar=True)
         except Exception as error:
             self._client.disconnect()
             self._client = None

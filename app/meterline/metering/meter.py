@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from meterline.domain.dedupe import DedupeIndex
+from meterline.domain.dedupe import SeenIds
 from meterline.domain.events import UsageEvent, check_event, identity_hash, payload_digest
 from meterline.domain.reasons import Reason
 from meterline.domain.totals import UsageProgress, UsageTotal
@@ -22,6 +22,7 @@ from meterline.domain.windows import (
     window_start_of,
 )
 from meterline.errors import DeadLetterError
+from meterline.ledger.blocks import EncodedBlock
 from meterline.metering.state import (
     Counters,
     Meta,
@@ -103,6 +104,13 @@ class Flush:
     meta: Meta
     duplicates: int
     late: int
+    block: EncodedBlock | None = None
+    """More rows, encoded as they were read."""
+
+    @property
+    def accepted(self) -> int:
+        """How many rows there are."""
+        return (len(self.rows[0]) if self.rows else 0) + (self.block.rows if self.block is not None else 0)
 
 
 class Meter:
@@ -119,7 +127,7 @@ class Meter:
         settings: MeteringSettings,
         decode: Callable[[bytes | None], UsageEvent],
         meta: Meta,
-        seen: DedupeIndex,
+        seen: SeenIds,
     ) -> None:
         self.partition = partition
         self.meta = meta
@@ -430,7 +438,7 @@ class Meter:
         """Every total that changed, then the progress: behind it no total is missing."""
         topic_id = self.meta.topic_id
         totals = [
-            UsageTotal(topic_id, self.partition, client, cutoff, replace(self._totals[client].sums))
+            UsageTotal(topic_id, self.partition, client, cutoff, self._totals[client].sums.copy())
             for client in sorted(self._unpublished_totals)
         ]
         self._unpublished_totals = set()
@@ -444,7 +452,7 @@ class Meter:
         clients.discard(client)
         if not clients:
             del self._unpublished[start]
-        skus = {sku: replace(total) for sku, total in window.skus.items()}
+        skus = {sku: total.copy() for sku, total in window.skus.items()}
         return WindowSnapshot(self._ref(start, client), cutoff, skus, now_ms, self.watermark)
 
     def _ref(self, start: int, client: str) -> WindowRef:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from meterline.contracts.codec import RecordCodec
@@ -17,7 +17,6 @@ from meterline.contracts.records import (
     total_to_record,
 )
 from meterline.contracts.topics import USAGE_EVENTS_DLQ, USAGE_TOTALS, USAGE_WINDOWS
-from meterline.domain.dedupe import DedupeIndex
 from meterline.domain.events import UsageEvent
 from meterline.domain.totals import UsageProgress, UsageTotal
 from meterline.domain.windows import WindowSnapshot
@@ -48,6 +47,10 @@ log = get_logger(__name__)
 FORMAT_WITHOUT_TOTALS = 1
 
 
+MakeMeter = Callable[[int, MeteringSettings, Callable[[bytes | None], UsageEvent], Meta], Meter]
+"""A meter that has seen nothing, for a partition and where it stands."""
+
+
 @dataclass(frozen=True, slots=True)
 class MeteringTools:
     """What the owners of one worker share."""
@@ -61,6 +64,7 @@ class MeteringTools:
     progress: RecordCodec
     dead_letters: RecordCodec
     window_partitions: int
+    make_meter: MakeMeter
 
 
 class MeteringOwner(PartitionOwner):
@@ -95,8 +99,8 @@ class MeteringOwner(PartitionOwner):
         if lacks_totals:
             meta = replace(meta, format=FORMAT_VERSION)
         check_log(meta, log, settings)
-        seen = DedupeIndex(settings.dedupe_horizon_ms)
-        seen.add_all(
+        self._meter = self._tools.make_meter(log.partition, settings, self._decoder(), meta)
+        self._meter.seen.add_all(
             *await reader.ask(
                 queries.dedupe_rows,
                 log.topic_id,
@@ -105,7 +109,6 @@ class MeteringOwner(PartitionOwner):
                 max(0, meta.appended_at - settings.dedupe_horizon_ms),
             )
         )
-        self._meter = Meter(log.partition, settings, self._decoder(), meta, seen)
         self._meter.restore(state)
         if lacks_totals:
             self._meter.adopt_totals(
@@ -147,7 +150,7 @@ class MeteringOwner(PartitionOwner):
 
     # -- take in
 
-    def feed(self, records: Sequence[SourceRecord]) -> None:
+    def feed(self, records: Iterable[SourceRecord]) -> None:
         """Hand the records to the meter."""
         self._meter.take(records)
 
@@ -177,9 +180,9 @@ class MeteringOwner(PartitionOwner):
         if flush is None:
             return
         reached(Step.FLUSH_BUILT)
-        if flush.rows:
+        if flush.accepted:
             with FLUSH_STEP_SECONDS.labels("insert").time():
-                await self._tools.writer.insert(EVENTS, EVENT_COLUMNS, flush.rows)
+                await self._tools.writer.insert(EVENTS, EVENT_COLUMNS, flush.rows, flush.block)
             reached(Step.ROWS_INSERTED)
         outputs = [self._window_output(snapshot) for snapshot in flush.snapshots]
         outputs += [self._dead_letter_output(dead) for dead in flush.dead_letters]
@@ -193,7 +196,7 @@ class MeteringOwner(PartitionOwner):
 
     def _window_output(self, snapshot: WindowSnapshot) -> Output:
         key = snapshot.ref.client_id.encode()
-        value = self._tools.windows.encode(snapshot_to_record(snapshot))
+        value = self._tools.windows.encode(snapshot_to_record(snapshot), trusted=True)
         return Output(USAGE_WINDOWS, partition_for(key, self._tools.window_partitions), key, value)
 
     def _dead_letter_output(self, dead: DeadLetter) -> Output:
@@ -215,7 +218,8 @@ class MeteringOwner(PartitionOwner):
 
     def _total_output(self, total: UsageTotal) -> Output:
         key = total_key(total.topic_id, total.partition, total.client_id)
-        return Output(USAGE_TOTALS, self._partition, key, self._tools.totals.encode(total_to_record(total)))
+        value = self._tools.totals.encode(total_to_record(total), trusted=True)
+        return Output(USAGE_TOTALS, self._partition, key, value)
 
     def _progress_output(self, progress: UsageProgress) -> Output:
         key = progress_key(progress.topic_id, progress.partition)
@@ -225,22 +229,23 @@ class MeteringOwner(PartitionOwner):
     # -- what people see
 
     def _count(self, flush: Flush) -> None:
-        EVENTS_TAKEN.labels("accepted").inc(len(flush.rows[0]) if flush.rows else 0)
+        EVENTS_TAKEN.labels("accepted").inc(flush.accepted)
         EVENTS_TAKEN.labels("duplicate").inc(flush.duplicates)
         EVENTS_TAKEN.labels("dead_letter").inc(len(flush.dead_letters))
         EVENTS_TAKEN.labels("late").inc(flush.late)
         for dead in flush.dead_letters:
             DEAD_LETTERS.labels(dead.reason).inc()
-        for snapshot in flush.snapshots:
-            WINDOWS_PUBLISHED.inc()
+        if flush.snapshots:
+            WINDOWS_PUBLISHED.inc(len(flush.snapshots))
+            # One line for all: with thousands of clients a line for each would cost more than the windows.
             log.info(
-                "window closed",
-                client=snapshot.ref.client_id,
-                window_start=snapshot.ref.start,
-                window_end=snapshot.ref.end,
+                "windows closed",
                 partition=self._partition,
-                cutoff=snapshot.cutoff_offset,
-                credits_micro=snapshot.billable_credits_micro,
+                windows=len(flush.snapshots),
+                first_start=min(snapshot.ref.start for snapshot in flush.snapshots),
+                last_end=max(snapshot.ref.end for snapshot in flush.snapshots),
+                cutoff=flush.meta.applied_offset,
+                credits_micro=sum(snapshot.billable_credits_micro for snapshot in flush.snapshots),
             )
         self._show()
 

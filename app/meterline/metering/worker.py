@@ -5,16 +5,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.topics import USAGE_EVENTS, USAGE_EVENTS_DLQ, USAGE_TOTALS, USAGE_WINDOWS
+from meterline.domain.dedupe import DedupeIndex
+from meterline.domain.events import UsageEvent
 from meterline.errors import UserError
 from meterline.ledger.reader import LedgerReader
 from meterline.ledger.writer import LedgerWriter
+from meterline.metering.fast import load_fast_path
+from meterline.metering.meter import Meter
 from meterline.metering.owner import MeteringOwner, MeteringTools
-from meterline.settings import Settings, load_settings
+from meterline.metering.state import Meta
+from meterline.settings import MeteringSettings, Settings, load_settings
 from meterline.streaming.app import WorkerApp, WorkerPlan, build_app
 from meterline.streaming.engine import EngineLimits
 from meterline.streaming.owner import PartitionOwner
@@ -30,6 +37,8 @@ def create_app(settings: Settings) -> WorkerApp:
     writer = LedgerWriter(settings.clickhouse)
     reader = LedgerReader(settings.clickhouse)
     registry = settings.kafka.registry_url
+    events = RecordCodec("usage-event", registry)
+    fast = load_fast_path() if metering.fast_path else None
 
     async def open_owners(counts: Mapping[str, int]) -> Callable[[int], PartitionOwner]:
         for topic, what in ((USAGE_EVENTS_DLQ, "a dead letter"), (USAGE_TOTALS, "a total")):
@@ -38,16 +47,21 @@ def create_app(settings: Settings) -> WorkerApp:
                     f"{topic} has {counts[topic]} partitions, fewer than {USAGE_EVENTS} with "
                     f"{counts[USAGE_EVENTS]}: {what} keeps its partition. See: meterline topics plan"
                 )
+        if fast is not None:
+            await asyncio.to_thread(fast.warm_up)  # before the group knows us: nobody waits for the compiler
         tools = MeteringTools(
             settings=metering,
             writer=writer,
             reader=reader,
-            events=RecordCodec("usage-event", registry),
+            events=events,
             windows=RecordCodec("usage-window", registry),
             totals=RecordCodec("usage-total", registry),
             progress=RecordCodec("usage-progress", registry),
             dead_letters=RecordCodec("dead-letter", registry),
             window_partitions=counts[USAGE_WINDOWS],
+            make_meter=make_meter
+            if fast is None
+            else partial(fast.make_meter, heads=partial(events.heads, 1)),
         )
         return lambda partition: MeteringOwner(partition, tools)
 
@@ -69,9 +83,17 @@ def create_app(settings: Settings) -> WorkerApp:
             open=open_owners,
             before_fencing=reader.wait_until_up,  # the dedupe index is rebuilt from the ledger
             close=close,
+            in_batches=fast is not None,
         ),
         settings,
     )
+
+
+def make_meter(
+    partition: int, settings: MeteringSettings, decode: Callable[[bytes | None], UsageEvent], meta: Meta
+) -> Meter:
+    """The plain meter, which needs nothing but Python."""
+    return Meter(partition, settings, decode, meta, DedupeIndex(settings.dedupe_horizon_ms))
 
 
 def __getattr__(name: str) -> Any:

@@ -21,6 +21,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from meterline.errors import UserError
 from meterline.logs import configure_logs, get_logger
 from meterline.settings import KafkaSettings, Settings
+from meterline.streaming.batches import keep_batches_whole
 from meterline.streaming.chunks import RecordChunkSchema
 from meterline.streaming.consumer import ChunkTransport
 from meterline.streaming.engine import Engine, EngineLimits
@@ -58,6 +59,7 @@ class WorkerPlan:
             owner of a partition.
         before_fencing: waits until what a restore reads is there; nobody is fenced while it isn't.
         close: called once after the last partition was dropped.
+        in_batches: owners are fed `BatchedRecords` instead of lists of records.
     """
 
     name: str
@@ -68,6 +70,7 @@ class WorkerPlan:
     open: Callable[[Mapping[str, int]], Awaitable[Callable[[int], PartitionOwner]]]
     before_fencing: Callable[[], Awaitable[None]]
     close: Callable[[], Awaitable[None]]
+    in_batches: bool = False
 
     @property
     def changelog(self) -> str:
@@ -164,6 +167,8 @@ def build_app(plan: WorkerPlan, settings: Settings) -> WorkerApp:
         web_tables_enabled=False,  # they would show clients' data to anyone
         web_router_enabled=False,
     )
+    if plan.in_batches:
+        keep_batches_whole(plan.source_topic)
     app.plan = plan
     app.kafka = settings.kafka
     app.transport = ChunkTransport(app.conf.broker_consumer, app)

@@ -81,7 +81,7 @@ class CommittedChunksThread(driver.AIOKafkaConsumerThread):
         chunks = {}
         for tp, records in fetched.items():
             # A run without a seek has no holes but control and aborted records; after a seek the position
-            # it went to is the start.
+            # it went to is the start. (`records` may be whole batches: then the first one may begin below.)
             first = self._run_ends.get(tp)
             if first is None:
                 first = min(before.get(tp, records[0].offset), records[0].offset)

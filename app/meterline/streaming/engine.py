@@ -15,6 +15,7 @@ from meterline.errors import PartitionHalted, RetryLater
 from meterline.logs import get_logger
 from meterline.metrics import COMMITS, PARTITION_HALTED, PENDING_EVENTS
 from meterline.settings import KafkaSettings
+from meterline.streaming.batches import BatchedRecords
 from meterline.streaming.changelog import read_changelog
 from meterline.streaming.consumer import CaughtUp
 from meterline.streaming.fatal import die
@@ -245,7 +246,9 @@ class Engine:
             )
             self._seek_soon(held.number, held.next_offset)
             return
-        if records[0].offset < held.next_offset:
+        if isinstance(records, BatchedRecords):
+            records = records.since(held.next_offset)
+        elif records[0].offset < held.next_offset:
             records = [record for record in records if record.offset >= held.next_offset]
         held.owner.feed(records)
         held.next_offset = chunk.offset + 1

@@ -8,7 +8,7 @@ on the event loop of the worker.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +23,7 @@ class SourceRecord(Protocol):
     """Append time in milliseconds (the topics use LogAppendTime)."""
     key: bytes | None
     value: bytes | None
-    headers: Sequence[tuple[str, bytes]]
+    headers: Sequence[tuple[str, bytes | None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +90,12 @@ class PartitionOwner(ABC):
         """
 
     @abstractmethod
-    def feed(self, records: Sequence[SourceRecord]) -> None:
-        """Take in records, in offset order, each exactly once. Must not block; no IO."""
+    def feed(self, records: Iterable[SourceRecord]) -> None:
+        """Take in records, in offset order, each exactly once. Must not block; no IO.
+
+        Args:
+            records: a list; or `BatchedRecords`, if the worker's plan says so.
+        """
 
     @property
     @abstractmethod

@@ -1,0 +1,280 @@
+"""The meter that takes whole record batches: the same fates, windows, rows and state as the plain one.
+
+What is ordinary, which is nearly everything, goes through the kernels: `scan` reads the records, `hashing`
+names them, `fold` deduplicates them, adds them up and writes the ledger's columns. What they don't vouch for
+goes through `Meter.take`, record by record, in its place in the order. Between the two stands the plain
+meter's own state, brought up to date before anybody looks (`_settle`). So there is one set of rules; a
+property test holds the two against each other on any bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from meterline.domain.events import UsageEvent
+from meterline.domain.totals import UsageProgress
+from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal, WindowRef, window_start_of
+from meterline.metering.fast.fold import (
+    CELL_FIELDS,
+    GROUP_FIELDS,
+    RULE_FIELDS,
+    STATE_FIELDS,
+    fold_records,
+)  # fmt: skip
+from meterline.metering.fast.hashing import HASH_FIELDS, Scratch, hash_records
+from meterline.metering.fast.index import ArrayIndex
+from meterline.metering.fast.rows import Names, Rows
+from meterline.metering.fast.scan import (
+    B_START,
+    BATCH,
+    BATCH_FIELDS,
+    CORRUPT,
+    FIELDS,
+    HEAD_BYTES,
+    ORDINARY,
+    START,
+    scan_batches,
+)  # fmt: skip
+from meterline.metering.meter import INT64_MAX, ClientTotal, Flush, Meter
+from meterline.metering.state import Meta
+from meterline.settings import MeteringSettings
+from meterline.streaming.batches import BatchedRecords
+
+__all__ = ["BatchMeter"]
+
+UNKNOWN = -1
+
+
+class BatchMeter(Meter):
+    """A meter of one partition that also takes `BatchedRecords`.
+
+    Args:
+        heads: framings, as bytes in front of an event, of the schema version the kernels read. Asked again
+            for every chunk: registry ids become known as they are met.
+    """
+
+    def __init__(
+        self,
+        partition: int,
+        settings: MeteringSettings,
+        decode: Callable[[bytes | None], UsageEvent],
+        meta: Meta,
+        seen: ArrayIndex,
+        heads: Callable[[], Sequence[bytes]],
+    ) -> None:
+        self._encoded = Rows()
+        self._clients, self._skus, self._sources = Names(), Names(), Names()
+        self._heads = heads
+        self._index = seen
+        self._scratch = Scratch().arrays()
+        self._work = _Work(0)
+        self._largest_sum = self._widest = UNKNOWN
+        super().__init__(partition, settings, decode, meta, seen)
+
+    def _start_collecting(self) -> None:
+        super()._start_collecting()
+        self._encoded = Rows(self._encoded)
+        for names in (self._clients, self._skus, self._sources):
+            names.clear()
+
+    # -- restore, and what the ledger knows: the bounds below are asked anew
+
+    def restore(self, state: Mapping[bytes, bytes]) -> None:
+        """Bring back the windows and the totals from the committed state."""
+        super().restore(state)
+        self._largest_sum = self._widest = UNKNOWN
+
+    def adopt_totals(self, sums: Mapping[str, SkuTotal]) -> None:
+        """Take over from the ledger what an older state format did not hold."""
+        super().adopt_totals(sums)
+        self._largest_sum = UNKNOWN
+
+    def add_past(self, ref: WindowRef, past: Mapping[str, SkuTotal]) -> None:
+        """Add what the ledger holds of a window up to the applied offset."""
+        super().add_past(ref, past)
+        self._largest_sum = self._widest = UNKNOWN
+
+    # -- take in
+
+    def take(self, records: Iterable[Any]) -> None:
+        """Decide the fate of each record: ledger, duplicate or dead letter."""
+        if isinstance(records, BatchedRecords):
+            self._take_batches(records)
+        else:
+            super().take(records)
+
+    def _take_batches(self, chunk: BatchedRecords) -> None:
+        batches = chunk.batches
+        data = np.frombuffer(b"".join(batch.payload for batch in batches), np.uint8)
+        table = np.empty((len(batches), BATCH_FIELDS), np.int64)
+        at = count = 0
+        for number, batch in enumerate(batches):
+            end = at + len(batch.payload)
+            table[number] = (at, end, batch.count, batch.base_offset, batch.timestamp, batch.timestamp_type)
+            at = end
+            count += batch.count
+        if count > self._work.size:
+            self._work = _Work(count)
+        records, hashes = self._work.records, self._work.hashes
+        heads, heads_n = _heads_array(self._heads())
+        clients = self._clients.lend(count, len(data))
+        skus = self._skus.lend(count, len(data))
+        sources = self._sources.lend(count, len(data))
+        scanned = scan_batches(
+            data, table, chunk.first_offset, heads, heads_n, clients, skus, sources, records
+        )
+        if scanned == CORRUPT:
+            super().take(chunk)  # and let it say what is wrong
+            return
+        hash_records(data, records, scanned, hashes, *self._scratch)
+        self._index.make_room(scanned, self._appended_at)
+        rows = self._encoded.lend(scanned, len(data))
+        self._bound_sums()
+        starts = table[:, B_START].tolist()
+        first = 0
+        while (first := self._fold_scanned(data, first, scanned, rows)) < scanned:
+            last = first + 1
+            while last < scanned and not records[last, ORDINARY]:
+                last += 1  # a flood of poison is taken at one go
+            super().take(
+                [
+                    batches[batch].record(start - starts[batch])[0]
+                    for batch, start in records[first:last, (BATCH, START)].tolist()
+                ]
+            )
+            first = last
+
+    def _fold_scanned(self, data: Any, first: int, count: int, rows: tuple[Any, ...]) -> int:
+        """Run the kernel up to a record that is for the plain meter; which one, or the count."""
+        work, settings = self._work, self._settings
+        work.rules[:] = (
+            self._length, settings.grace_ms, settings.allowed_lateness_ms, self._index.horizon_ms,
+            self._widest,
+        )  # fmt: skip
+        room = max(0, INT64_MAX - self._largest_sum)
+        taken = self._index.taken
+        work.state[:] = (self.next_offset, self._appended_at, self.watermark, 0, 0, 0, room, taken)
+        stopped = fold_records(
+            data, work.records, work.hashes, first, count, work.rules, work.state, self._index.slots,
+            work.group_table, work.groups, work.cell_table, work.cells, work.counts, rows,
+        )  # fmt: skip
+        self.next_offset, self._appended_at, self.watermark, *counted, room_left, taken = work.state.tolist()
+        self._skipped += counted[0]
+        self._duplicates += counted[1]
+        self._late += counted[2]
+        self._largest_sum += room - room_left
+        self._index.taken = taken
+        self._settle()
+        return int(stopped)
+
+    def _settle(self) -> None:
+        """Bring the windows and totals up to what the kernel added: once for each that changed."""
+        groups, cells = self._work.changes()
+        clients, skus = self._clients.texts(), self._skus.texts()
+        touched = []
+        for start, code, watermark, last_offset, _ in groups:
+            client = clients[code]
+            key = start, client
+            window = self.windows.get(key)
+            if window is None:
+                window = self._window(start, client)
+                window.lacks_past = start + self._length <= watermark
+            if window.last_offset <= window.published_cutoff:
+                self._unpublished.setdefault(start, set()).add(client)
+            window.last_offset = last_offset
+            total = self._totals.get(client)
+            if total is None:
+                total = self._totals[client] = ClientTotal()
+            total.last_offset = max(total.last_offset, last_offset)
+            touched.append((window.skus, self._changed.setdefault(key, set()), total.sums))
+        self._changed_totals.update([clients[code] for _, code, *_ in groups])
+        for group, code, *amounts in cells:
+            of_window, changed, lifetime = touched[group]
+            sku = skus[code]
+            changed.add(sku)
+            sums = of_window.get(sku)
+            if sums is None:
+                sums = of_window[sku] = SkuTotal()
+                self._widest = max(self._widest, len(of_window))
+            for of in (sums, lifetime):
+                of.count += amounts[0]
+                of.credits_micro += amounts[1]
+                of.free_count += amounts[2]
+                of.free_credits_micro += amounts[3]
+
+    # -- bounds, so that the kernel needs to know no sum and no window
+
+    def _bound_sums(self) -> None:
+        """No sum is larger than `_largest_sum`, no window has more SKUs than `_widest`. Exact now and then,
+        and grown by what comes in between.
+        """  # noqa: D205
+        if self._largest_sum < 0 or self._largest_sum > INT64_MAX // 2:
+            sums = [total for window in self.windows.values() for total in window.skus.values()]
+            sums += [total.sums for total in self._totals.values()]
+            self._largest_sum = max(
+                (max(abs(s.credits_micro), abs(s.free_credits_micro)) for s in sums), default=0
+            )
+        if self._widest < 0 or self._widest > SKUS_PER_WINDOW_MAX // 2:
+            self._widest = max((len(window.skus) for window in self.windows.values()), default=0)
+
+    def _fold(self, event: UsageEvent, offset: int) -> None:
+        super()._fold(event, offset)
+        self._largest_sum += abs(event.credits_micro)
+        start = window_start_of(event.occurred_at, self._length)
+        self._widest = max(self._widest, len(self.windows[start, event.client_id].skus))
+
+    # -- flush
+
+    def build_flush(self, now_ms: int) -> Flush | None:
+        """Decide what to write; None when there is nothing."""
+        encoded = self._encoded
+        block = None
+        if len(encoded):
+            names = self._clients, self._skus, self._sources
+            block = encoded.block(self.meta.topic_id, self.partition, *names)
+        flush = super().build_flush(now_ms)
+        return flush and replace(flush, block=block)
+
+    def _next_meta(self, cutoff: int, progress: UsageProgress | None) -> Meta:
+        meta = super()._next_meta(cutoff, progress)
+        meta.counters.accepted += len(self._encoded)
+        return meta
+
+
+class _Work:
+    """What the kernels write for one chunk, kept for the next one."""
+
+    def __init__(self, size: int) -> None:
+        """For chunks of up to so many records."""
+        slots = 1 << max(2 * size, 1).bit_length()
+        self.size = size
+        self.records = np.empty((size, FIELDS), np.int64)
+        self.hashes = np.empty((size, HASH_FIELDS), np.uint64)
+        self.rules = np.zeros(RULE_FIELDS, np.int64)
+        self.state = np.zeros(STATE_FIELDS, np.int64)
+        self.group_table = np.full(slots, -1, np.int32)
+        self.groups = np.empty((size, GROUP_FIELDS), np.int64)
+        self.cell_table = np.full(slots, -1, np.int32)
+        self.cells = np.empty((size, CELL_FIELDS), np.int64)
+        self.counts = np.zeros(2, np.int64)
+
+    def changes(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The windows and SKUs that changed since the last call."""
+        groups, cells = self.counts.tolist()
+        changed = self.groups[:groups].tolist(), self.cells[:cells].tolist()
+        if groups:
+            self.group_table.fill(-1)
+            self.cell_table.fill(-1)
+            self.counts[:] = 0
+        return changed
+
+
+def _heads_array(heads: Sequence[bytes]) -> tuple[Any, Any]:
+    array = np.zeros((len(heads), HEAD_BYTES), np.uint8)
+    for row, head in zip(array, heads, strict=True):
+        row[: len(head)] = np.frombuffer(head, np.uint8)
+    return array, np.array([len(head) for head in heads], np.int64)

@@ -1,0 +1,92 @@
+"""The dedupe index as an array the kernels can search. Says what `domain.dedupe.DedupeIndex` says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from meterline.metering.fast.fold import (
+    ID_DIGEST,
+    ID_FIELDS,
+    ID_HIGH,
+    ID_LOW,
+    ID_TIME,
+    NO_TIME,
+    move_ids,
+    put_ids,
+    slot_of,
+)  # fmt: skip
+
+__all__ = ["ArrayIndex"]
+
+SLOTS_MIN = 1 << 12
+LOAD_MAX = 2 / 3
+"""Share of the slots that may be taken: beyond, a search passes too many others."""
+
+LOW_MASK = 2**64 - 1
+
+
+class ArrayIndex:
+    """Identity hash -> payload digest and append time (ms) of the copy that counts. 32 bytes a slot.
+
+    What is older than the horizon is found to be so, and leaves when the array is made anew.
+    """
+
+    def __init__(self, horizon_ms: int) -> None:
+        self.horizon_ms = horizon_ms
+        self.taken = 0
+        self.slots = _empty(SLOTS_MIN)
+        self._newest = 0
+
+    def __len__(self) -> int:
+        return self.taken
+
+    def find(self, identity: int, appended_at: int) -> int | None:
+        """Payload digest of the copy that counts, or None if there was none within the horizon."""
+        entry = self._entry(identity)
+        if entry[ID_TIME] == NO_TIME or appended_at - int(entry[ID_TIME]) > self.horizon_ms:
+            return None
+        return int(entry[ID_DIGEST])
+
+    def add(self, identity: int, digest: int, appended_at: int) -> None:
+        """Remember the copy that counts."""
+        self.make_room(1, appended_at)
+        entry = self._entry(identity)
+        self.taken += bool(entry[ID_TIME] == NO_TIME)
+        entry[ID_LOW], entry[ID_HIGH] = identity & LOW_MASK, identity >> 64
+        entry[ID_DIGEST], entry[ID_TIME] = digest, appended_at
+
+    def add_all(self, identities: Iterable[int], digests: Iterable[int], appended_at: Iterable[int]) -> None:
+        """Rebuild from columns in any order; where an id stands twice, the later copy counts."""
+        ids = list(identities)
+        times = np.array(list(appended_at), np.uint64)
+        lows = np.array([identity & LOW_MASK for identity in ids], np.uint64)
+        highs = np.array([identity >> 64 for identity in ids], np.uint64)
+        self.make_room(len(ids), int(times.max(initial=0)))
+        self.taken += put_ids(self.slots, lows, highs, np.array(list(digests), np.uint64), times)
+
+    def make_room(self, more: int, appended_at: int) -> None:
+        """Let so many more ids fit in, the newest of them appended at that time."""
+        self._newest = max(self._newest, appended_at)
+        if self.taken + more <= len(self.slots) * LOAD_MAX:
+            return
+        old, times = self.slots, self.slots[:, ID_TIME]
+        oldest = max(0, self._newest - self.horizon_ms)
+        kept = int(np.count_nonzero((times != NO_TIME) & (times >= np.uint64(oldest))))
+        self.slots = _empty(_power_of_two((kept + more) * 2))
+        self.taken = move_ids(old, self.slots, self._newest, self.horizon_ms)
+
+    def _entry(self, identity: int) -> Any:
+        return self.slots[slot_of(self.slots, np.uint64(identity & LOW_MASK), np.uint64(identity >> 64))]
+
+
+def _empty(slots: int) -> Any:
+    index = np.empty((slots, ID_FIELDS), np.uint64)
+    index[:, ID_TIME] = NO_TIME
+    return index
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()

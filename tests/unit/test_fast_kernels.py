@@ -1,0 +1,83 @@
+# ruff: noqa: E402 - the extra may be missing, and then nothing of it can be imported
+"""The kernels' parts, each against what it stands for."""
+
+from __future__ import annotations
+
+import random
+from hashlib import blake2b
+
+import pytest
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("numba", reason="the extra `fast` is not installed")
+
+from meterline.contracts.files import schemas_dir
+from meterline.domain.dedupe import DedupeIndex
+from meterline.metering.fast import factory
+from meterline.metering.fast.blake2b import BLOCK_BYTES, LANES, digest_lanes
+from meterline.metering.fast.hashing import IDENTITY_TAG, PAYLOAD_TAG
+from meterline.metering.fast.index import SLOTS_MIN, ArrayIndex
+
+HOUR = 3_600_000
+
+
+@pytest.mark.parametrize("length", [0, 1, 8, 127, 128, 129, 256, 257, 511, 512])
+@pytest.mark.parametrize("size", [8, 12])
+def test_every_lane_is_hashlibs_blake2b(length, size):
+    """The hashes are in the ledger and in the contract: one other bit and every id is new."""
+    chance = random.Random(length)
+    messages = [chance.randbytes(length) for _ in range(LANES)]
+    data = np.zeros((LANES, 4 * BLOCK_BYTES), np.uint8)
+    for row, message in zip(data, messages, strict=True):
+        row[:length] = np.frombuffer(message, np.uint8)
+    h = np.zeros(8 * LANES, np.uint64)
+    v, m = np.zeros(16 * LANES, np.uint64), np.zeros(16 * LANES, np.uint64)
+    lengths = np.full(LANES, length, np.int64)
+    digest_lanes(data.view(np.uint64), lengths, max(1, -(-length // BLOCK_BYTES)), size, v, h, m)
+
+    digests = h.reshape(8, LANES).T.astype("<u8")
+    assert [blake2b(message, digest_size=size).digest() for message in messages] == [
+        digest.tobytes()[:size] for digest in digests
+    ]
+
+
+def test_the_tags_are_the_contracts():
+    """Golden vectors name the tag in front of each message."""
+    for name, tag in (("identity-hash", IDENTITY_TAG), ("payload-digest", PAYLOAD_TAG)):
+        golden = schemas_dir() / "golden" / f"{name}.json"
+        assert tag[3:-1].decode() in golden.read_text()
+
+
+def test_the_array_index_answers_as_the_domains_does():
+    """Copies within the horizon and beyond it, a clock that steps back, many more than it began with."""
+    chance = random.Random(1)
+    ours, theirs, now = ArrayIndex(HOUR), DedupeIndex(HOUR), 10 * HOUR
+    for _ in range(5 * SLOTS_MIN):
+        at = now + chance.randrange(-2_000, 2_000)
+        now = max(now, at)
+        identity = chance.randrange(2 * SLOTS_MIN) << 64 | chance.randrange(2)
+        assert theirs.find(identity, now) == ours.find(identity, now)
+        if theirs.find(identity, now) is None:
+            digest = chance.getrandbits(64)
+            ours.add(identity, digest, at)
+            theirs.add(identity, digest, at)
+
+
+def test_an_index_forgets_what_is_too_old_to_matter():
+    """Its memory is bounded by the horizon, not by the life of the worker."""
+    index = ArrayIndex(HOUR)
+    for number in range(20 * SLOTS_MIN):
+        index.add(number << 40, number, number * HOUR // SLOTS_MIN)
+
+    assert len(index.slots) <= 8 * SLOTS_MIN
+    assert len(index) < 8 * SLOTS_MIN
+
+
+def test_warming_up_runs_every_kernel():
+    """None may be left for the compiler when the first record comes."""
+    factory.warm_up()
+    from meterline.metering.fast import fold, hashing, scan  # noqa: PLC0415
+
+    kernels = [fold.fold_records, fold.move_ids, fold.put_ids, fold.slot_of, hashing.hash_records]
+    for kernel in [*kernels, scan.scan_batches]:
+        assert len(kernel.signatures) == 1, f"{kernel.__name__} has {kernel.signatures}"
