@@ -8,13 +8,13 @@ probes nothing waits for a server that does not answer.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable
 from typing import Final
 
 from meterline import metrics
 from meterline.domain.credits import format_credits
-from meterline.logs import get_logger
 
 __all__ = ["Availability", "Unreachable"]
 
@@ -24,7 +24,7 @@ PROBE_FIRST_S: Final = 0.1
 PROBE_MAX_S: Final = 2.0
 """Probes back off to this: a server that comes back is used again soon, one that is gone is left alone."""
 
-log = get_logger(__name__)
+log = logging.getLogger("meterline.quota")  # a library's: the program it runs in decides what is seen
 
 
 class Unreachable(Exception):  # noqa: N818 - inside the library; callers see QuotaUnavailable or their policy
@@ -65,9 +65,9 @@ class Availability:
         self._reason = reason
         metrics.QUOTA_BREAKER_OPEN.set(1)
         log.warning(
-            "Redis does not decide: clients' policies do, until it is back. Whatever they allow meanwhile is "
+            "Redis does not decide (%s): clients' policies do, until it is back. Whatever they allow is "
             "charged by the log without a limit; the end of this is logged with its sum",
-            reason=reason,
+            reason,
         )
         if self._probing is None:
             self._probing = asyncio.get_running_loop().create_task(self._probe_until_back())
@@ -94,9 +94,9 @@ class Availability:
         self.tripped = False
         metrics.QUOTA_BREAKER_OPEN.set(0)
         log.warning(
-            "Redis decides again",
-            allowed_meanwhile=self._uncovered,
-            allowed_credits=format_credits(self._uncovered_micro),
+            "Redis decides again; allowed meanwhile: %d tasks, %s credits",
+            self._uncovered,
+            format_credits(self._uncovered_micro),
         )
         self._uncovered = self._uncovered_micro = 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import Final
 
@@ -11,7 +12,6 @@ from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from meterline.errors import UserError
-from meterline.logs import get_logger
 from meterline.quota.availability import Unreachable
 from meterline.quota.keys import Keys, shard_of
 from meterline.quota.scripts import rendered
@@ -22,7 +22,7 @@ VERSION_MIN: Final = (7, 0)
 """From here on neither Redis nor Valkey keeps scripts in its files: a restart forgets them, which is how one
 is noticed."""
 
-log = get_logger(__name__)
+log = logging.getLogger("meterline.quota")  # a library's: the program it runs in decides what is seen
 
 
 class Server:
@@ -97,7 +97,9 @@ class Server:
         finally:
             await connection.disconnect(nowait=True)
         if hidden := require_safe(info):
-            log.warning("Redis does not tell whether it keeps credits safely; look yourself", hidden=hidden)
+            log.warning(
+                "Redis does not tell whether it keeps credits safely; look yourself at %s", ", ".join(hidden)
+            )
 
 
 def require_safe(info: Mapping[str, str]) -> list[str]:
