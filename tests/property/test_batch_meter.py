@@ -359,3 +359,22 @@ def test_a_window_of_too_many_skus_is_refused_alike():
 
     assert plain == fast
     assert {reason for _, reason, _ in plain["dead"]} == {"too_many_skus"}
+
+
+@pytest.mark.parametrize(("age", "accepted"), [(HORIZON, 1), (HORIZON + 1, 2)])
+def test_the_edge_of_the_horizon_is_the_same(age, accepted):
+    """A copy that is exactly as old as the horizon is one; random times seldom meet that millisecond."""
+    event = UsageEvent("e", "a", "task", "x", 1, 0)
+    data = b"".join(
+        kafka_batches.batch(
+            FIRST + number, [(FIRST + number, at, None, encoded(event, CODEC.heads(1)[0], at), [])]
+        )
+        for number, at in enumerate((START, START + age))
+    )
+    sides = [Side(fast, MeteringSettings(dedupe_horizon_ms=HORIZON), first_state()) for fast in (False, True)]
+    for side in sides:
+        side.take(data, FIRST + 1)
+    plain, fast = (side.flush(START) for side in sides)
+
+    assert plain == fast
+    assert fast["counts"][0] == accepted
