@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint unit integration bench lock clean
+.PHONY: demo test lint unit integration bench bench-quota mutants prove-quota lock clean
 
 demo: $(READY)
 	$(BIN)/meterline demo
@@ -26,6 +26,17 @@ unit: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m tests.bench.metering
+
+bench-quota: $(READY)
+	$(BIN)/python -m tests.bench.quota
+
+# Safeguards taken out of a copy, one at a time: each must turn a test red that counts credits.
+mutants: $(READY)
+	$(BIN)/python -m tests.mutants
+
+# Ten minutes: eight processes race for credits, are killed and stalled; Redis and Kafka are lost.
+prove-quota: $(READY)
+	$(BIN)/python -m tests.proof.quota
 
 # Pinned with hashes, for every platform and Python from 3.11 on; no address of any index in it.
 lock: $(READY)

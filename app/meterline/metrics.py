@@ -9,15 +9,27 @@ from prometheus_client import Counter, Gauge, Histogram
 
 __all__ = [
     "COMMITS",
+    "CREDIT_ALERTS_RAISED",
     "DEAD_LETTERS",
     "EVENTS_TAKEN",
     "FLUSH_STEP_SECONDS",
     "PARTITION_HALTED",
     "PENDING_EVENTS",
+    "QUOTA_BREAKER_OPEN",
+    "QUOTA_CALL_SECONDS",
+    "QUOTA_DECISIONS",
+    "QUOTA_GENERATIONS",
+    "QUOTA_HOLDS_EXPIRED",
+    "QUOTA_LOG_CLOCK_SECONDS",
+    "QUOTA_OPEN",
+    "QUOTA_PERIODS_BEGUN",
+    "QUOTA_TOTALS",
+    "QUOTA_UNCOVERED_MICRO",
     "STRIPE_REQUESTS",
     "STRIPE_SENDING_STOPPED",
     "USAGE_RECORDS_HELD",
     "WATERMARK_SECONDS",
+    "WEBHOOK_POSTS",
     "WINDOWS_CONTRADICTED",
     "WINDOWS_OPEN",
     "WINDOWS_PUBLISHED",
@@ -48,3 +60,35 @@ WINDOWS_CONTRADICTED = Counter(
     "Snapshots that say something else than the known one of the same cutoff: none, or a bug.",
 )
 USAGE_RECORDS_HELD = Gauge("meterline_usage_records_held", "Usage records held, by reason.", ["reason"])
+QUOTA_TOTALS = Counter(
+    "meterline_quota_totals",
+    "Totals told to credit buckets, by their answer: applied, older, refused.",
+    ["answer"],
+)
+QUOTA_OPEN = Gauge(
+    "meterline_quota_open",
+    "Share of the shards whose buckets decide, as the guardian sees it; else 0.",
+)
+QUOTA_GENERATIONS = Counter(
+    "meterline_quota_generations", "Generations begun: rebuilds of every credit bucket."
+)
+QUOTA_LOG_CLOCK_SECONDS = Gauge(
+    "meterline_quota_log_clock_timestamp_seconds", "Log time up to which every shard is accounted."
+)
+QUOTA_HOLDS_EXPIRED = Counter("meterline_quota_holds_expired", "Holds the sweep ended.")
+QUOTA_PERIODS_BEGUN = Counter("meterline_quota_periods_begun", "Baselines published.")
+CREDIT_ALERTS_RAISED = Counter("meterline_credit_alerts", "Alerts published.")
+WEBHOOK_POSTS = Counter("meterline_webhook_posts", "Posts of alerts to the webhook, by outcome.", ["outcome"])
+
+QUOTA_DECISIONS = Counter(
+    "meterline_quota_decisions", "Reservations asked of this process, by outcome.", ["outcome"]
+)
+QUOTA_CALL_SECONDS = Histogram(
+    "meterline_quota_call_seconds",
+    "Time of one batch of calls to Redis, repetitions included.",
+    buckets=(0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1),
+)
+QUOTA_BREAKER_OPEN = Gauge("meterline_quota_breaker_open", "1 while Redis is not asked, and policies decide.")
+QUOTA_UNCOVERED_MICRO = Counter(
+    "meterline_quota_uncovered_micro", "Micro-credits of work a policy allowed while nobody could decide."
+)

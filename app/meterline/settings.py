@@ -155,9 +155,9 @@ class QuotaSettings(BaseModel):
     """How long one decision waits for Redis before the client's policy decides."""
     batch_window_us: int = Field(500, ge=0, le=100_000)
     """Concurrent calls of a process are collected this long into one call to Redis."""
-    reservation_ttl_s: float = Field(60.0, gt=0, le=3_600)
+    reservation_ttl_s: float = Field(30.0, gt=0, le=3_600)
     """How long a task's hold stands without being renewed; running tasks renew."""
-    reservation_ttl_max_s: float = Field(300.0, gt=0, le=86_400)
+    reservation_ttl_max_s: float = Field(60.0, gt=0, le=86_400)
     """No hold may ask for more; after a lost Redis the buckets stay closed this long (log time)."""
     clock_skew_ms: int = Field(1_000, ge=0, le=60_000)
     """How far the clocks of Redis, the brokers and the workers may differ: a hold expires this much later."""

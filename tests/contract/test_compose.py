@@ -94,7 +94,8 @@ def test_every_stack_port_is_moved_by_the_variable_of_the_local_stack():
     variables = set(re.findall(r"METERLINE_PORT_\w+(?=:-)", TEXT))
     stack = {f"METERLINE_PORT_{name.upper()}" for name in asdict(Ports()) if name != "kafka_controller"}
 
-    assert stack == variables - {"METERLINE_PORT_REGISTRY", "METERLINE_PORT_BILLING_WEB"}
+    of_compose_alone = {f"METERLINE_PORT_{name}" for name in ("REGISTRY", "BILLING_WEB", "QUOTA_WEB")}
+    assert stack == variables - of_compose_alone
 
 
 @pytest.mark.parametrize("name", sorted(SERVICES))
@@ -158,7 +159,7 @@ def test_every_service_that_stays_has_a_health_check_a_restart_and_time_to_stop(
     assert service["stop_grace_period"] == "30s"
 
 
-@pytest.mark.parametrize(("name", "port"), [("metering", 6066), ("billing", 6067)])
+@pytest.mark.parametrize(("name", "port"), [("metering", 6066), ("billing", 6067), ("quota", 6068)])
 def test_a_worker_is_asked_for_liveness_on_its_own_port(name, port):
     """Readiness waits for other services; it is no reason to call a worker unhealthy."""
     assert f"'http://127.0.0.1:{port}/healthz/live'" in SERVICES[name]["healthcheck"]["test"][-1]
@@ -166,7 +167,7 @@ def test_a_worker_is_asked_for_liveness_on_its_own_port(name, port):
     assert settings_of(name)["METERLINE_WORKER__WEB_HOST"] == "0.0.0.0"
 
 
-@pytest.mark.parametrize("name", ["metering", "billing"])
+@pytest.mark.parametrize("name", ["metering", "billing", "quota"])
 def test_a_worker_starts_after_what_it_needs(name):
     """Topics and tables are there before the first worker asks for them."""
     conditions = {other: wait["condition"] for other, wait in SERVICES[name]["depends_on"].items()}
@@ -176,7 +177,7 @@ def test_a_worker_starts_after_what_it_needs(name):
     assert {"kafka", "clickhouse"} <= set(conditions)
 
 
-@pytest.mark.parametrize("name", ["setup", "metering", "billing"])
+@pytest.mark.parametrize("name", ["setup", "metering", "billing", "quota"])
 def test_every_setting_is_a_real_one_and_points_at_a_service(name, monkeypatch):
     """A misspelt variable would be ignored, and the default, the host's loopback, would be used."""
     variables = settings_of(name)

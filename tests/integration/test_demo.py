@@ -65,6 +65,13 @@ def test_five_kills_change_no_total(home):
     )
     assert last, lines[-1]
     assert all(int(count) > 0 for count in last.groups())
+    trial = re.fullmatch(
+        r"trial\.\S+ had 100 credits: (\d+) tasks done, (\d+) failed and cost nothing, (\d+) refused before "
+        r"they began; [\d.]+ left, alerted 1 time\(s\)",
+        lines[-2],
+    )
+    assert trial, lines[-2]
+    assert all(int(count) > 0 for count in trial.groups())
 
 
 def test_ctrl_c_stops_everything(home):

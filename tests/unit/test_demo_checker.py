@@ -21,6 +21,9 @@ def account(**changed):
         "windows": 2,
         "windows_micro": 7_500_000,
         "stripe_units": 7,
+        "grants_micro": 10_000_000,
+        "granted_micro": 10_000_000,
+        "consumed_micro": 7_500_000,
     }
     return ClientAccount(**(right | changed))
 
@@ -31,12 +34,12 @@ def held(**changed):
     )
 
 
-def problems_of(accounts, *, records=23, dead=None, began=BEGAN):
+def problems_of(accounts, *, records=23, dead=None, began=BEGAN, exhausted=()):
     checker = Checker.__new__(Checker)
-    checker._expected = Expected(23, dict.fromkeys(accounts, 10), {}, Counter(conflict=1))
+    expected = Expected(23, dict.fromkeys(accounts, 10), {}, Counter(conflict=1), {}, frozenset(exhausted))
     checker._customers = {"payer": "cus_1", "held": None}
     checker._began = began
-    return list(checker._compare(accounts, records, Counter(conflict=1) if dead is None else dead))
+    return list(checker._compare(expected, accounts, records, Counter(conflict=1) if dead is None else dead))
 
 
 def test_what_adds_up_is_no_problem():
@@ -56,6 +59,11 @@ def test_what_adds_up_is_no_problem():
         ({"stripe_units": 8}, "Stripe counts 8 units for 7.5 credits"),
         ({"stripe_units": 6}, "Stripe counts 6 units for 7.5 credits"),
         ({"stripe_units": 0}, "Stripe counts no unit"),
+        ({"granted_micro": 9_000_000}, "9 credits in its bucket, 10 granted"),
+        ({"consumed_micro": 7_400_000}, "7.4 credits charged, 7.5 in the ledger"),
+        ({"undecided_micro": 1}, "0.000001 credits are reserved or not yet charged"),
+        ({"grants_micro": 7_000_000, "granted_micro": 7_000_000}, "0.5 credits more were used than granted"),
+        ({"alerts": 1}, "alerted 1 times, expected 0"),
         ({"in_flight": 1}, "1 usage records have no final answer"),
         ({"held_micro": 1, "held_reasons": {"unverified"}}, "held for ['unverified']"),
     ],
@@ -65,6 +73,15 @@ def test_a_difference_is_named(changed, text):
     found = problems_of({"payer": account(**changed), "held": held()})
 
     assert any(text in problem and problem.startswith("payer:") for problem in found), found
+
+
+@pytest.mark.parametrize("alerts", [0, 2])
+def test_who_was_refused_is_alerted_once(alerts):
+    """Not never, and not twice."""
+    accounts = {"payer": account(alerts=alerts), "held": held()}
+
+    assert problems_of(accounts, exhausted=["payer"]) == [f"payer: alerted {alerts} times, expected 1"]
+    assert problems_of({"payer": account(alerts=1), "held": held()}, exhausted=["payer"]) == []
 
 
 @pytest.mark.parametrize("changed", [{"held_micro": 7_000_000}, {"held_reasons": {"no_customer", "refused"}}])

@@ -89,9 +89,18 @@ def test_the_input_holds_every_kind_of_trouble(scenario):
 
 def test_the_checker_counts_each_charge_once(scenario, sample):
     """Two charges a request, whatever is said twice; the poison is apart."""
-    expected = read_input(scenario.usage_file, scenario.poison_file)
+    expected = read_input([scenario.usage_file], scenario.poison_file, scenario.grants_file)
 
     assert sum(expected.events.values()) == 2 * len(sample)
-    assert expected.duplicates > 20
+    assert expected.records - sum(expected.events.values()) - expected.dead.total() > 20
     assert set(expected.dead.values()) == {1}
     assert expected.dead.total() == 8
+
+
+def test_everybody_but_the_trial_has_credits_to_spare(scenario):
+    """Usage that nobody reserved is charged by the log: it must not look like debt."""
+    expected = read_input([scenario.usage_file], scenario.poison_file, scenario.grants_file)
+
+    assert set(scenario.clients) == expected.granted_micro.keys()
+    assert all(expected.granted_micro[client] > micro for client, micro in expected.credits_micro.items())
+    assert expected.granted_micro[scenario.trial] == 100_000_000

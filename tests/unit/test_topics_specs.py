@@ -21,6 +21,7 @@ LARGE = (
     "usage.totals",
     "metering-state-changelog",
     "billing-state-changelog",
+    "quota-state-changelog",
 )
 
 
@@ -93,6 +94,7 @@ def test_followers_come_before_the_topic_they_follow():
         "usage.events.dlq": "usage.events",
         "usage.totals": "usage.events",
         "metering-state-changelog": "usage.events",
+        "quota-state-changelog": "usage.events",
         "billing-state-changelog": "usage.windows",
     }
     assert all(order.index(name) < order.index(leader) for name, leader in followers.items())

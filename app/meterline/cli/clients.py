@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import time
 from dataclasses import asdict, replace
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from meterline.cli.who import By, person
 from meterline.clients import ClientRegistry
 from meterline.domain.clients import DEFAULT_ANCHORS_MS, Client, PeriodUnit, QuotaPolicy
 from meterline.errors import UserError
@@ -40,13 +40,19 @@ def set_client(  # noqa: PLR0917 - typer passes every one by its name
         str | None, typer.Option(help="A moment a period starts, ISO 8601; without a time zone it is UTC.")
     ] = None,
     policy: Annotated[QuotaPolicy | None, typer.Option(help="When credits cannot be asked for.")] = None,
+    alert_levels: Annotated[
+        str | None,
+        typer.Option(
+            "--alert-levels", help="Percent of the granted credits used, e.g. 50,80; empty: only exhaustion."
+        ),
+    ] = None,
     test: Annotated[
         bool | None, typer.Option("--test/--no-test", help="Nothing is sent to Stripe in live mode.")
     ] = None,
     paused: Annotated[
         bool | None, typer.Option("--pause/--no-pause", help="Make usage records, send none.")
     ] = None,
-    by: Annotated[str, typer.Option(help="Who changes it; default: the user of this machine.")] = "",
+    by: By = "",
 ) -> None:
     """Add a client, or change what is given; everything else stays as it is."""
     if stripe_customer is not None and no_stripe_customer:
@@ -58,6 +64,7 @@ def set_client(  # noqa: PLR0917 - typer passes every one by its name
             "period_unit": period,
             "period_anchor": None if anchor is None else _anchor_ms(anchor),
             "quota_policy": policy,
+            "alert_levels_percent": None if alert_levels is None else _levels(alert_levels),
             "test": test,
             "sending_paused": paused,
         }.items()
@@ -71,7 +78,7 @@ def set_client(  # noqa: PLR0917 - typer passes every one by its name
         former = known or Client(client_id)
         if period not in {None, former.period_unit} and anchor is None:
             changes["period_anchor"] = DEFAULT_ANCHORS_MS[PeriodUnit(period)]
-        client = replace(former, **changes, updated_at=time.time_ns() // 1_000_000, updated_by=by or _user())
+        client = replace(former, **changes, updated_at=time.time_ns() // 1_000_000, updated_by=person(by))
         registry.put(client)
     typer.echo(f"{'Added' if known is None else 'Changed'} {_described(client)}")
 
@@ -102,6 +109,13 @@ def list_clients(as_json: Annotated[bool, typer.Option("--json", help="Print JSO
     Console(markup=False).print(table)
 
 
+def _levels(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(level) for level in text.split(",") if level.strip()}))
+    except ValueError:
+        raise UserError(f"--alert-levels {text!r} must be percentages, for example 50,80") from None
+
+
 def _anchor_ms(text: str) -> int:
     try:
         moment = datetime.fromisoformat(text)
@@ -110,13 +124,6 @@ def _anchor_ms(text: str) -> int:
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return int(moment.timestamp()) * 1000  # Stripe's billing cycle anchors are whole seconds
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a user id without a name, as in many containers
-        raise UserError("this machine does not know who you are; say it with --by NAME") from None
 
 
 def _described(client: Client) -> str:

@@ -71,6 +71,7 @@ def _found_traces() -> Path | None:
 def _report(screen: Screen, outcome: Outcome) -> None:
     accounts = outcome.accounts
     screen.clients(accounts)
+    screen.credit_buckets(accounts)
     screen.dead_letters(accounts)
     client = next(iter(accounts.clients))
     command = [sys.executable, "-m", "meterline", "receipt", client]
@@ -82,4 +83,5 @@ def _report(screen: Screen, outcome: Outcome) -> None:
     screen.say("...")
     if outcome.replayed is not None:
         screen.say(f"Replayed offsets: {outcome.replayed}")
+    screen.trial(outcome.trial, outcome.worked, accounts.clients[outcome.trial])
     screen.problems(accounts.problems)

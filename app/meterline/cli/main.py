@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "usage": ("usage:usage", "A client's usage by hour and SKU."),
     "receipt": ("receipt:receipt", "Every task a client pays for, and how it reached Stripe."),
     "billing": ("billing:app", "What billing knows, holds and has sent."),
+    "quota": ("quota:app", "Credit buckets: give credits, read them, check them."),
 }
 
 

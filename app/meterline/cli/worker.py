@@ -39,6 +39,15 @@ def billing(web_port: WebPort = None, log_level: LogLevel = "info") -> None:
     run_worker(create_app(_settings(web_port)), log_level)
 
 
+@app.command()
+def quota(web_port: WebPort = None, log_level: LogLevel = "info") -> None:
+    """Usage totals and grants to credit buckets; alerts."""
+    from meterline.quota.worker import create_app  # noqa: PLC0415 - Faust is slow to import
+    from meterline.streaming.app import run_worker  # noqa: PLC0415
+
+    run_worker(create_app(_settings(web_port)), log_level)
+
+
 def _settings(web_port: int | None) -> Settings:
     settings = load_settings()
     if web_port is None:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from meterline.domain.encoding import canonical
+from meterline.domain.alerts import CreditAlert
+from meterline.domain.encoding import canonical, netstring
 from meterline.domain.events import Correction, CorrectionKind, UsageEvent
+from meterline.domain.grants import BaselinePart, CreditGrant, GrantKind, check_grant
 from meterline.domain.reasons import Reason
 from meterline.domain.totals import UsageProgress, UsageTotal
 from meterline.domain.windows import SkuTotal, WindowRef, WindowSnapshot
 from meterline.errors import DeadLetterError
 
 __all__ = [
+    "alert_from_record",
+    "alert_to_record",
     "event_from_record",
     "event_to_record",
+    "grant_from_record",
+    "grant_to_record",
+    "is_progress_key",
     "progress_from_record",
     "progress_key",
     "progress_to_record",
@@ -23,6 +30,9 @@ __all__ = [
     "total_key",
     "total_to_record",
 ]
+
+_PROGRESS_TAG = "meterline.progress.1"
+_PROGRESS_HEAD = netstring(_PROGRESS_TAG)
 
 
 def event_to_record(event: UsageEvent) -> dict[str, Any]:
@@ -149,11 +159,68 @@ def progress_from_record(record: dict[str, Any]) -> UsageProgress:
     )
 
 
+def grant_to_record(grant: CreditGrant) -> dict[str, Any]:
+    """A `credit-grant` record."""
+    return {
+        "grant_id": grant.grant_id,
+        "client_id": grant.client_id,
+        "kind": grant.kind.value,
+        "credits_micro": grant.credits_micro,
+        "period_start": grant.period_start,
+        "period_end": grant.period_end,
+        "base": [
+            {
+                "topic_id": part.topic_id,
+                "source_partition": part.partition,
+                "cutoff_offset": part.cutoff_offset,
+                "credits_micro": part.credits_micro,
+            }
+            for part in grant.base
+        ],
+        "granted_at": grant.granted_at,
+        "granted_by": grant.granted_by,
+        "reason": grant.reason,
+    }
+
+
+def grant_from_record(record: dict[str, Any]) -> CreditGrant:
+    """The grant in a decoded `credit-grant` record.
+
+    Raises:
+        DeadLetterError: a field breaks a rule; other programs write this topic, too.
+    """
+    base = tuple(
+        BaselinePart(part["topic_id"], part["source_partition"], part["cutoff_offset"], part["credits_micro"])
+        for part in record["base"]
+    )
+    grant = CreditGrant(**record | {"kind": GrantKind(record["kind"]), "base": base})
+    try:
+        check_grant(grant)
+    except ValueError as error:
+        raise DeadLetterError(Reason.INVALID_FIELD, str(error)) from None
+    return grant
+
+
+def alert_to_record(alert: CreditAlert) -> dict[str, Any]:
+    """A `credit-alert` record."""
+    return asdict(alert)
+
+
+def alert_from_record(record: dict[str, Any]) -> CreditAlert:
+    """The alert in a decoded `credit-alert` record."""
+    return CreditAlert(**record)
+
+
 def total_key(topic_id: str, partition: int, client_id: str) -> bytes:
     """Key of a `usage-total` on `usage.totals` (golden vectors: `schemas/golden`)."""
     return canonical("meterline.total.1", topic_id, partition, client_id)
 
 
+def is_progress_key(key: bytes) -> bool:
+    """Whether a record of `usage.totals` is a `usage-progress`; otherwise it is a `usage-total`."""
+    return key.startswith(_PROGRESS_HEAD)
+
+
 def progress_key(topic_id: str, partition: int) -> bytes:
     """Key of a `usage-progress` on `usage.totals` (golden vectors: `schemas/golden`)."""
-    return canonical("meterline.progress.1", topic_id, partition)
+    return canonical(_PROGRESS_TAG, topic_id, partition)

@@ -18,6 +18,7 @@ __all__ = [
     "CREDIT_ALERTS",
     "CREDIT_GRANTS",
     "METERING_CHANGELOG",
+    "QUOTA_CHANGELOG",
     "USAGE_EVENTS",
     "USAGE_EVENTS_DLQ",
     "USAGE_TOTALS",
@@ -36,6 +37,7 @@ CREDIT_ALERTS = "credit.alerts"
 CLIENTS = "clients"
 METERING_CHANGELOG = "metering-state-changelog"
 BILLING_CHANGELOG = "billing-state-changelog"
+QUOTA_CHANGELOG = "quota-state-changelog"
 
 BROKER_DEFAULT = -1
 """Replication factor that leaves the choice to the broker, so that a cluster of one node works too."""

@@ -1,4 +1,4 @@
-"""Is every credit accounted for? Asked of the input files, Kafka, raw ledger rows and Stripe's own summaries.
+"""Is every credit accounted for? Asked of input files, Kafka, raw ledger rows, Stripe's own summaries, Redis.
 
 A checker of money shares no code with what it checks: nothing here is imported from the pipeline (an import
 rule holds it to that), and every sum is formed anew.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import fastavro
+import redis
 import stripe
 from clickhouse_driver import Client as ClickHouse
 from confluent_kafka import Consumer, TopicPartition
@@ -25,7 +26,7 @@ from confluent_kafka import Consumer, TopicPartition
 __all__ = ["Accounts", "Checker", "ClientAccount", "Expected", "Places", "read_input"]
 
 MICRO = 1_000_000
-SOURCE, DEAD_LETTERS = "usage.events", "usage.events.dlq"
+SOURCE, DEAD_LETTERS, ALERTS = "usage.events", "usage.events.dlq", "credit.alerts"
 METER_EVENT_NAME = "meterline_credits"
 UNIT_MICRO = MICRO
 """The packaged meters file: one unit is one credit."""
@@ -34,6 +35,8 @@ SINGLE_OBJECT_HEADER = 10
 DONE = {"accepted", "duplicate"}
 KAFKA_TIMEOUT_S = 10.0
 DAY_S = 86_400
+AMOUNTS = ("granted", "life", "base", "prov", "held")
+EXHAUSTED_PERCENT = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,9 @@ class Places:
     database: str
     stripe_url: str
     stripe_key: str
-    dead_letter_schema: Path
+    redis_url: str
+    redis_namespace: str
+    schemas: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +59,15 @@ class Expected:
     """What the input files say, however it was delivered."""
 
     records: int
-    """Lines of both files: each is one Kafka record."""
+    """Lines of the files but the grants: each is one Kafka record."""
     events: dict[str, int]
     """Different tasks' charges by client: what must be counted."""
     credits_micro: dict[str, int]
     dead: Counter[str]
     """Dead letters by reason."""
-
-    @property
-    def duplicates(self) -> int:
-        """Records that say again what was said."""
-        return self.records - sum(self.events.values()) - self.dead.total()
+    granted_micro: dict[str, int]
+    exhausted: frozenset[str]
+    """Clients that were refused work: each must have been alerted once, and nobody else."""
 
 
 @dataclass(slots=True)
@@ -80,6 +83,20 @@ class ClientAccount:
     held_reasons: set[str] = field(default_factory=set)
     in_flight: int = 0
     stripe_units: int = 0
+    grants_micro: int = 0
+    """By the input."""
+    granted_micro: int = 0
+    """By the credit bucket; as the next two."""
+    consumed_micro: int = 0
+    undecided_micro: int = 0
+    """Reserved, or settled and not yet charged by the log."""
+    alerts: int = 0
+    """That the credits are exhausted."""
+
+    @property
+    def available_micro(self) -> int:
+        """Credits the client has left."""
+        return self.granted_micro - self.consumed_micro - self.undecided_micro
 
     @property
     def remainder_micro(self) -> int:
@@ -114,43 +131,47 @@ class Accounts:
         return f"conserved: {'no' if self.problems else 'yes'} ({listed})"
 
 
-def read_input(usage_file: Path, poison_file: Path) -> Expected:
-    """Count the input: a charge is (client, task, SKU), and the first one in the file counts."""
+def read_input(
+    usage_files: Sequence[Path], poison_file: Path, grants_file: Path, exhausted: Iterable[str] = ()
+) -> Expected:
+    """Count the input: a charge is (client, task, SKU), and the first one in the files counts."""
     records, charges = 0, dict[tuple[str, str, str], int]()
-    with usage_file.open(newline="") as text:
-        for row in csv.DictReader(text):
-            records += 1
-            charge = (row["client_id"], row["correlation_id"], row["sku"])
-            charges.setdefault(charge, int(Decimal(row["credits"]) * MICRO))
+    for usage_file in usage_files:
+        with usage_file.open(newline="") as text:
+            for row in csv.DictReader(text):
+                records += 1
+                charge = (row["client_id"], row["correlation_id"], row["sku"])
+                charges.setdefault(charge, int(Decimal(row["credits"]) * MICRO))
+    with grants_file.open(newline="") as text:
+        granted = {row["client_id"]: int(row["credits"]) * MICRO for row in csv.DictReader(text)}
     dead = Counter(json.loads(line)["reason"] for line in poison_file.read_text().splitlines())
     events, credits_micro = Counter[str](), Counter[str]()
     for (client, _, _), micro in charges.items():
         events[client] += 1
         credits_micro[client] += micro
-    return Expected(records + dead.total(), dict(events), dict(credits_micro), dead)
+    return Expected(
+        records + dead.total(), dict(events), dict(credits_micro), dead, granted, frozenset(exhausted)
+    )
 
 
 class Checker:
     """Checks one run: its clients, and what was appended to the log since it began."""
 
-    def __init__(
-        self, places: Places, expected: Expected, customers: Mapping[str, str | None], began: datetime
-    ) -> None:
+    def __init__(self, places: Places, customers: Mapping[str, str | None], began: datetime) -> None:
         self._places = places
-        self._expected = expected
         self._customers = customers
         self._began = began
-        self._schema = fastavro.parse_schema(json.loads(places.dead_letter_schema.read_text()))
-        self._start = {topic: self._end_offsets(topic) for topic in (SOURCE, DEAD_LETTERS)}
+        self._start = {topic: self._end_offsets(topic) for topic in (SOURCE, DEAD_LETTERS, ALERTS)}
 
-    def check(self) -> Accounts:
+    def check(self, expected: Expected) -> Accounts:
         """Look at everything once."""
-        expected = self._expected
         end = self._end_offsets(SOURCE)
         records = sum(end.values()) - sum(self._start[SOURCE].values())
         accounts = {client: ClientAccount() for client in self._customers}
         for client, micro in expected.credits_micro.items():
             accounts[client].file_micro = micro
+        for client, micro in expected.granted_micro.items():
+            accounts[client].grants_micro = micro
         problems: list[str] = []
         with ClickHouse(
             self._places.clickhouse_host, self._places.clickhouse_port, self._places.database
@@ -159,8 +180,12 @@ class Checker:
             self._read_windows(ledger, accounts)
             self._read_usage_records(ledger, accounts)
         self._read_stripe(accounts)
-        dead = self._read_dead_letters()
-        problems += self._compare(accounts, records, dead)
+        self._read_buckets(accounts)
+        for alert in self._read_topic(ALERTS, "credit-alert"):
+            if (account := accounts.get(alert["client_id"])) is not None:  # else an earlier run's
+                account.alerts += alert["level_percent"] == EXHAUSTED_PERCENT
+        dead = Counter(letter["reason"] for letter in self._read_topic(DEAD_LETTERS, "dead-letter"))
+        problems += self._compare(expected, accounts, records, dead)
         return Accounts(accounts, records, dead, problems)
 
     # -- what there is
@@ -260,30 +285,42 @@ class Checker:
                 sum(Decimal(str(summary.aggregated_value)) for summary in summaries.auto_paging_iter())
             )
 
-    def _read_dead_letters(self) -> Counter[str]:
-        """Decoded with the published schema, committed ones only."""
-        reasons: Counter[str] = Counter()
+    def _read_buckets(self, accounts: Mapping[str, ClientAccount]) -> None:
+        """The amounts as they stand in Redis, wherever the client's key is."""
+        with redis.Redis.from_url(self._places.redis_url, decode_responses=True) as server:
+            for client, account in accounts.items():
+                name = f"{self._places.redis_namespace}:{{*}}:b:{client}"
+                for key in server.scan_iter(name, count=1_000):
+                    bucket = server.hgetall(key)
+                    amount = {field: int(bucket.get(field, 0)) for field in AMOUNTS}
+                    account.granted_micro = amount["granted"]
+                    account.consumed_micro = amount["life"] - amount["base"]
+                    account.undecided_micro = amount["prov"] + amount["held"]
+
+    def _read_topic(self, topic: str, schema_name: str) -> list[dict[str, Any]]:
+        """What was committed since the run began, decoded with the published schema."""
+        schema = fastavro.parse_schema(
+            json.loads((self._places.schemas / schema_name / "v1.avsc").read_text())
+        )
+        records: list[dict[str, Any]] = []
         with _CommittedReader(self._places.kafka) as consumer:
-            open_partitions = set(self._start[DEAD_LETTERS])
-            consumer.assign(
-                [TopicPartition(DEAD_LETTERS, p, at) for p, at in self._start[DEAD_LETTERS].items()]
-            )
+            open_partitions = set(self._start[topic])
+            consumer.assign([TopicPartition(topic, p, at) for p, at in self._start[topic].items()])
             while open_partitions:
                 for message in consumer.consume(1_000, KAFKA_TIMEOUT_S):
                     if message.error() is None:
                         body = BytesIO((message.value() or b"")[SINGLE_OBJECT_HEADER:])
-                        letter: Any = fastavro.schemaless_reader(body, self._schema, None)
-                        reasons[letter["reason"]] += 1
+                        record: Any = fastavro.schemaless_reader(body, schema, None)
+                        records.append(record)
                     else:  # the end of a partition
                         open_partitions.discard(message.partition())
-        return reasons
+        return records
 
     # -- what there should be
 
     def _compare(
-        self, accounts: Mapping[str, ClientAccount], records: int, dead: Counter[str]
+        self, expected: Expected, accounts: Mapping[str, ClientAccount], records: int, dead: Counter[str]
     ) -> Iterable[str]:
-        expected = self._expected
         if records != expected.records:
             yield f"Kafka has {records} records of this run, the input has {expected.records}"
         if dead != expected.dead:
@@ -300,6 +337,7 @@ class Checker:
             if account.in_flight:
                 yield f"{name}: {account.in_flight} usage records have no final answer of Stripe"
             yield from self._compare_billed(name, account)
+            yield from self._compare_bucket(name, account, is_exhausted=name in expected.exhausted)
 
     def _compare_billed(self, name: str, account: ClientAccount) -> Iterable[str]:
         if self._customers[name] is None:
@@ -318,6 +356,20 @@ class Checker:
             yield f"{name}: Stripe counts {account.stripe_units} units for {credits_} credits"
         if not account.stripe_units:
             yield f"{name}: Stripe counts no unit"
+
+    @staticmethod
+    def _compare_bucket(name: str, account: ClientAccount, *, is_exhausted: bool) -> Iterable[str]:
+        """The log has charged all there is in the ledger, nothing is left undecided, nobody has debts."""
+        if account.granted_micro != account.grants_micro:
+            yield _differ(name, "in its bucket", account.granted_micro, "granted", account.grants_micro)
+        if account.consumed_micro != account.ledger_micro:
+            yield _differ(name, "charged", account.consumed_micro, "in the ledger", account.ledger_micro)
+        if account.undecided_micro:
+            yield f"{name}: {_credits(account.undecided_micro)} credits are reserved or not yet charged"
+        if account.available_micro < 0:
+            yield f"{name}: {_credits(-account.available_micro)} credits more were used than granted"
+        if account.alerts != is_exhausted:
+            yield f"{name}: alerted {account.alerts} times, expected {int(is_exhausted)}"
 
 
 class _CommittedReader:

@@ -1,9 +1,10 @@
 """What the demo publishes: tasks and their prices, and the trouble a real week brings.
 
-Two files, which are all that the checker knows of the input:
+Three files, which with `tasks.csv` of `demo.tasks` are all that the checker knows of the input:
 
     usage.csv      rows for `meterline publish`: tasks, resends, retries with another time, late tasks
     poison.jsonl   records no producer library would make: base64 key and value, and the reason to expect
+    grants.csv     credits for every client; for one of them too few
 """
 
 from __future__ import annotations
@@ -37,6 +38,11 @@ PRICES = {
 
 CLIENTS_PER_SERVICE = 4
 
+TRIAL_CREDITS = 100
+"""What the client of `demo.tasks` may use: it runs out."""
+GENEROSITY = 2
+"""The others get so many times what their input costs: nobody asks for them before the work."""
+
 RESENT_SHARE = 0.005
 RETRIED_SHARE = 0.002
 LATE_SHARE = 0.002
@@ -49,18 +55,25 @@ Row = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Where the input stands, and whose it is. `without_customer` has no Stripe customer."""
+    """Where the input stands, and whose it is.
+
+    Attributes:
+        without_customer: has no Stripe customer.
+        trial: its credits run out.
+    """
 
     usage_file: Path
     poison_file: Path
+    grants_file: Path
     clients: Sequence[str]
     without_customer: str
+    trial: str
     started_at: datetime
     ended_at: datetime
 
 
 def clients_of(run_id: str) -> list[str]:
-    """The clients of one run: no run counts on another one's windows."""
+    """The clients of the traces in one run: no run counts on another one's windows."""
     return [
         f"{service}-{number}.{run_id}"
         for service in ("code", "conv")
@@ -79,7 +92,9 @@ def write_scenario(requests: Sequence[Request], run_id: str, now: datetime, fold
     shift = now.replace(second=0, microsecond=0) - requests[-1].at - timedelta(milliseconds=1)
     chance = random.Random(run_id)  # noqa: S311 - a sample, no secret
     rows = _with_trouble([row for request in requests for row in _rows(request, run_id, shift)], chance)
-    usage_file, poison_file = folder / "usage.csv", folder / "poison.jsonl"
+    usage_file, poison_file, grants_file = (
+        folder / name for name in ("usage.csv", "poison.jsonl", "grants.csv")
+    )
     with usage_file.open("w", newline="") as text:
         writer = csv.DictWriter(text, ["client_id", "correlation_id", "sku", "credits", "occurred_at"])
         writer.writeheader()
@@ -88,14 +103,29 @@ def write_scenario(requests: Sequence[Request], run_id: str, now: datetime, fold
     with poison_file.open("w") as text:
         for poison in _poison(clients[0], rows[0], now):
             text.write(json.dumps(poison) + "\n")
+    trial = f"trial.{run_id}"
+    with grants_file.open("w", newline="") as text:
+        table = csv.writer(text)
+        table.writerow(("client_id", "credits"))
+        table.writerows((*_grants(rows, clients), (trial, TRIAL_CREDITS)))
     return Scenario(
         usage_file,
         poison_file,
-        clients,
+        grants_file,
+        [*clients, trial],
         clients[-1],
+        trial,
         requests[0].at + shift - LATE_BY,
         requests[-1].at + shift,
     )
+
+
+def _grants(rows: Sequence[Row], clients: Sequence[str]) -> Iterator[tuple[str, int]]:
+    cost = dict.fromkeys(clients, Decimal())
+    for row in rows:
+        cost[row["client_id"]] += Decimal(row["credits"])
+    for client_id, credits_ in cost.items():
+        yield client_id, 1 + GENEROSITY * int(credits_)
 
 
 def _rows(request: Request, run_id: str, shift: timedelta) -> Iterator[Row]:

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from meterline.demo.checker import MICRO, Accounts
+from meterline.demo.checker import MICRO, Accounts, ClientAccount
+from meterline.demo.tasks import Worked
 
 __all__ = ["Screen"]
 
@@ -70,6 +71,30 @@ class Screen:
                 else "0",
             )
         self._console.print(table)
+
+    def credit_buckets(self, accounts: Accounts) -> None:
+        """The table of credits: the log has charged each bucket what stands in the ledger."""
+        table = Table(title="Credits, granted and left", title_justify="left")
+        table.add_column("client")
+        for name in ("granted", "charged by the log", "available", "alerts"):
+            table.add_column(name, justify="right")
+        for client, account in accounts.clients.items():
+            table.add_row(
+                client,
+                _credits(account.granted_micro),
+                _credits(account.consumed_micro),
+                _credits(account.available_micro),
+                str(account.alerts),
+            )
+        self._console.print(table)
+
+    def trial(self, client: str, worked: Worked, account: ClientAccount) -> None:
+        """How a client ran out of credits."""
+        self.say(
+            f"{client} had {_credits(account.granted_micro)} credits: {worked.done} tasks done, "
+            f"{worked.failed} failed and cost nothing, {worked.refused} refused before they began; "
+            f"{_credits(account.available_micro)} left, alerted {account.alerts} time(s)"
+        )
 
     def dead_letters(self, accounts: Accounts) -> None:
         """The table of dead letters."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 __all__ = [
+    "CREDIT_GRANT_LOG",
+    "CREDIT_GRANT_LOG_COLUMNS",
     "EVENTS",
     "EVENT_COLUMNS",
+    "QUOTA_CHANGE_LOG",
+    "QUOTA_CHANGE_LOG_COLUMNS",
     "USAGE_RECORD_LOG",
     "USAGE_RECORD_LOG_COLUMNS",
     "WINDOW_SNAPSHOTS",
@@ -93,3 +97,42 @@ USAGE_RECORD_LOG_COLUMNS = (
     "detail",
 )
 """Times are int milliseconds, except `event_timestamp`: Stripe's own unit, int seconds."""
+
+CREDIT_GRANT_LOG = "credit_grant_log"
+CREDIT_GRANT_LOG_COLUMNS = (
+    "log_id",
+    "partition",
+    "offset",
+    "appended_at",
+    "grant_id",
+    "client_id",
+    "kind",
+    "credits_micro",
+    "period_start",
+    "period_end",
+    "base_topic_ids",
+    "base_partitions",
+    "base_cutoff_offsets",
+    "base_credits_micro",
+    "granted_at",
+    "granted_by",
+    "reason",
+    "outcome",
+)
+"""Times are int milliseconds, 0 for none; the columns from `base_topic_ids` to `base_credits_micro` hold
+lists of equal length."""
+
+QUOTA_CHANGE_LOG = "quota_change_log"
+QUOTA_CHANGE_LOG_COLUMNS = (
+    "change_id",
+    "changed_at",
+    "action",
+    "client_id",
+    "grant_id",
+    "reservation_id",
+    "credits_micro",
+    "changed_by",
+    "reason",
+    "detail",
+)
+"""Times are int milliseconds; no client, grant or reservation: ''."""

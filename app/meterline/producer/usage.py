@@ -12,9 +12,9 @@ from datetime import datetime
 from decimal import Decimal
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
-from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_to_record
@@ -26,7 +26,7 @@ from meterline.producer.events import build_event, require_valid
 from meterline.producer.recent import RecentEvents
 from meterline.settings import Settings, load_settings
 
-__all__ = ["UsageProducer"]
+__all__ = ["Acknowledged", "UsageProducer"]
 
 RECORD_BYTES_MAX = 512 * 1024 - 1024
 """The contract of usage.events is 512 KiB, and the broker counts the framing of the batch around it too."""
@@ -49,6 +49,20 @@ ANSWER_S = 2.0
 """Wait for one answer about the topics: a broker far away takes less, and Ctrl-C is not kept longer."""
 
 OnDelivery = Callable[[str, Exception | None], None]
+
+
+class Acknowledged(NamedTuple):
+    """Where an event stands in usage.events.
+
+    Attributes:
+        offset: negative when Kafka told of a copy it had already, not of its place.
+    """
+
+    partition: int
+    offset: int
+
+
+OnOutcome = Callable[[Acknowledged | DeliveryFailed], None]
 
 _log = logging.getLogger("meterline.producer")
 _log.addHandler(logging.NullHandler())  # the application decides whether librdkafka's messages are seen
@@ -192,6 +206,22 @@ class UsageProducer:
         require_valid(event, time.time_ns() // 1_000_000)
         return self._send(event)
 
+    def forward(self, event: UsageEvent, on_outcome: OnOutcome) -> None:
+        """Queue an event that was judged before and is kept elsewhere until Kafka has it: in a spool.
+
+        It is neither judged again nor compared with what was published: its owner sends it until it is
+        acknowledged. For the same reason an event that was given up is told to `on_outcome` alone.
+
+        Args:
+            on_outcome: called once, from a background thread, with the place in the log or the failure. It
+                must be quick. What it raises reaches the next publish or flush.
+
+        Raises:
+            RetryLater: the queue stayed full, or the registry is away. It was not queued.
+            WorkerMustExit: Kafka refuses this producer for good; another one may go on.
+        """
+        self._send(event, on_outcome)
+
     @property
     def acknowledged(self) -> int:
         """Events Kafka has acknowledged so far."""
@@ -266,7 +296,7 @@ class UsageProducer:
                 raise
             error.add_note(str(failed))  # what went wrong first stays what is raised
 
-    def _send(self, event: UsageEvent) -> str:
+    def _send(self, event: UsageEvent, on_outcome: OnOutcome | None = None) -> str:
         value = self._codec.encode(event_to_record(event))
         key = event.client_id.encode()
         if len(key) + len(value) > RECORD_BYTES_MAX:
@@ -274,9 +304,12 @@ class UsageProducer:
                 f"the event takes {len(key) + len(value)} bytes, more than the {RECORD_BYTES_MAX} of one "
                 "record; shorten its attributes"
             )
-        report = partial(self._report, event.event_id)
+        if on_outcome is None:
+            report = partial(self._report, event.event_id)
+        else:
+            report = partial(self._report_outcome, event.event_id, on_outcome)
         deadline = 0.0
-        while not self._queue(event, key, value, report):
+        while not self._queue(event, key, value, report, is_kept=on_outcome is not None):
             now = time.monotonic()
             deadline = deadline or now + self._publish_timeout_s
             if now >= deadline:
@@ -287,14 +320,16 @@ class UsageProducer:
             self._producer.poll(min(POLL_S, deadline - now))
         return event.event_id
 
-    def _queue(self, event: UsageEvent, key: bytes, value: bytes, report: Callable[..., None]) -> bool:
+    def _queue(
+        self, event: UsageEvent, key: bytes, value: bytes, report: Callable[..., None], *, is_kept: bool
+    ) -> bool:
         """Hand one event to librdkafka; False: no room now."""
         self._require_own_process()
         with self._lock:
             if self._closed:
                 raise UserError("this UsageProducer is closed; create another one")
             self._raise_trouble()
-            is_new = self._recent.note(event)
+            is_new = not is_kept and self._recent.note(event)
             try:
                 self._producer.produce(USAGE_EVENTS, value, key, on_delivery=report)
             except BaseException as error:
@@ -360,10 +395,25 @@ class UsageProducer:
                 self._acknowledged += 1
             else:
                 self._failures.append((event_id, error.str()))
-        if self._on_delivery is None:
+        if self._on_delivery is not None:
+            self._tell(self._on_delivery, event_id, None if error is None else _given_up(event_id, error))
+
+    def _report_outcome(
+        self, event_id: str, on_outcome: OnOutcome, error: KafkaError | None, message: Message
+    ) -> None:
+        """As above, for an event that was forwarded."""
+        if error is not None:
+            self._tell(on_outcome, _given_up(event_id, error))
             return
+        with self._lock:
+            self._acknowledged += 1
+        partition, offset = message.partition(), message.offset()
+        assert partition is not None  # the library's stubs allow for messages that were never sent
+        self._tell(on_outcome, Acknowledged(partition, -1 if offset is None else offset))
+
+    def _tell(self, callback: Callable[..., None], *outcome: object) -> None:
         try:
-            self._on_delivery(event_id, None if error is None else DeliveryFailed(((event_id, error.str()),)))
+            callback(*outcome)
         except Exception as raised:  # noqa: BLE001 - kept for the caller; here it would end the polling
             with self._lock:
                 self._broken = self._broken or raised
@@ -374,3 +424,7 @@ class UsageProducer:
     def _close_at_exit(self) -> None:
         """A program that ends without close() must not lose what it queued."""
         self.close()
+
+
+def _given_up(event_id: str, error: KafkaError) -> DeliveryFailed:
+    return DeliveryFailed(((event_id, error.str()),))

@@ -53,6 +53,8 @@ class CommittedChunksThread(driver.AIOKafkaConsumerThread):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._run_ends: dict[Any, int] = {}
+        self._noted: dict[Any, int] = {}
+        """Positions up to which `_run_ends` tells what was handed out: a fetch moves the position first."""
         self._run_assignment: object = None
 
     def _create_worker_consumer(self, transport: Any) -> Any:
@@ -85,6 +87,7 @@ class CommittedChunksThread(driver.AIOKafkaConsumerThread):
                 first = min(before.get(tp, records[0].offset), records[0].offset)
             chunks[tp] = list(split_into_chunks(first, records))
             self._run_ends[tp] = records[-1].offset + 1
+        self._noted = self._known_positions(self._current_assignment(consumer), active_partitions)
         return chunks
 
     @staticmethod
@@ -122,9 +125,9 @@ class CommittedChunksThread(driver.AIOKafkaConsumerThread):
             return None
         if time.time_ns() // 1_000_000 - state.timestamp > ANSWER_AGE_MS_MAX:
             return None
-        if self._run_ends.get(tp, delivered_until) > delivered_until:
-            return None  # a chunk is on its way
         position = cast(int, state.position)
+        if self._noted.get(tp) != position or self._run_ends.get(tp, delivered_until) > delivered_until:
+            return None  # a chunk is on its way
         return CaughtUp(position, state.timestamp) if position == state.lso == state.highwater else None
 
 

@@ -300,11 +300,12 @@ class Engine:
         """Tell the owner up to which time it has everything, and when nothing came for a while."""
         before = held.caught_up
         now = held.caught_up = self._caught_up(held.number, held.next_offset)
-        # Two looks, apart: the consumer's thread may have moved the position and not yet noted what it read.
+        if now is not None:
+            held.owner.on_read_to_end()
+        # Two looks, apart: an answer to a fetch that was sent after the first look makes its time certain.
         if before is None or now is None or before.position != now.position:
             held.quiet_since = time.monotonic()
             return
-        held.owner.on_read_to_end()
         if now.answered_at_ms > before.answered_at_ms:
             # The newer answer is to a fetch that was sent after the older one came: what the broker had
             # appended by then is in it. Its own time says less: it may have waited for this process.

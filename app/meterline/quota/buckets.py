@@ -1,0 +1,551 @@
+"""`CreditBuckets`: reserve before the work, settle after it; asyncio and plain threads, in the same words."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Final, Protocol, cast
+
+from meterline import metrics
+from meterline.domain.buckets import parse_balance
+from meterline.domain.clients import QuotaPolicy
+from meterline.quota import operations
+from meterline.quota.answers import (
+    Balance,
+    Credits,
+    Outcome,
+    Part,
+    Reservation,
+    credits_of,
+    id_checked,
+    micro_of,
+    parts_checked,
+    settled_checked,
+    ttl_ms_of,
+    wanted_checked,
+)
+from meterline.quota.availability import Availability, Unreachable
+from meterline.quota.batching import Batcher
+from meterline.quota.errors import (
+    CreditsExhausted,
+    InvalidReservation,
+    QuotaUnavailable,
+    ReservationConflict,
+    ReservationLapsed,
+)
+from meterline.quota.leases import Ended, LeasePlan, Leases
+from meterline.quota.server import Server
+from meterline.quota.sync import LoopThread, SyncCreditBuckets
+
+__all__ = ["Carrier", "Connecting", "CreditBuckets", "Policy", "deny"]
+
+RESERVATIONS_MAX: Final = 1_000_000
+"""Reservations whose client is remembered for settle, void and renew: a process runs fewer tasks at once.
+Beyond it the oldest are forgotten, which only means that `client_id` must be named for them."""
+
+CONNECT_S_MIN: Final = 2.0
+"""The first connection may take longer than a decision: names are looked up, certificates exchanged."""
+LEASES_CLOSE_S: Final = 2.0
+"""Giving leases back takes two calls each. Beyond it the log's clock ends them."""
+GENERATION_MAX: Final = 2**53 - 1
+"""Newer than any: under it a bucket makes no hold anew."""
+
+GRANTED, EXHAUSTED, ALLOWED, UNAVAILABLE = (
+    metrics.QUOTA_DECISIONS.labels(outcome) for outcome in ("granted", "exhausted", "allowed", "unavailable")
+)
+
+Policy = Callable[[str], QuotaPolicy]
+
+
+class Carrier(Protocol):
+    """What brings operations to the buckets: `Batcher`, or the fake's memory."""
+
+    availability: Availability
+
+    def submit(self, client_id: str, op: operations.Op) -> asyncio.Future[bytes]:
+        """See `Batcher.submit`."""
+
+    def submit_first(self, client_id: str, op: operations.Op) -> asyncio.Future[bytes]:
+        """See `Batcher.submit_first`."""
+
+    async def close(self) -> None:
+        """Let what is on its way arrive."""
+
+
+def deny(client_id: str) -> QuotaPolicy:  # noqa: ARG001 - the same for all clients
+    """The policy of who has none: no work without credits."""
+    return QuotaPolicy.DENY
+
+
+class CreditBuckets:
+    """The credit buckets of all clients.
+
+        async with CreditBuckets.connect(redis_url) as buckets:
+            await buckets.reserve("acme", Decimal("17.25"), reservation_id="task-1/1")
+            ...                                             # the work; publish what it used
+            await buckets.settle("task-1/1", [Part(topic_id, partition, offset, credits_micro)])
+
+    With plain `with`, `connect` gives the same calls for threads (`SyncCreditBuckets`).
+
+    Every call may be repeated with the same arguments, and may be cancelled; what a cancelled call did stays
+    done, so void what a cancelled `reserve` may have set aside.
+    """
+
+    def __init__(self, batcher: Carrier, policy: Policy, plan: LeasePlan | None) -> None:
+        """See `connect`."""
+        self._batcher = batcher
+        self._availability = batcher.availability
+        self._submit = batcher.submit
+        self._policy = policy
+        self._known: dict[str, Reservation] = {}
+        self._settled, self._voided = Ended(), Ended()
+        self._leases = (
+            Leases(batcher.submit_first, plan, self._known, self._settled, self._voided)
+            if plan is not None
+            else None
+        )
+
+    @classmethod
+    def connect(
+        cls,
+        redis_url: str,
+        *,
+        namespace: str = "meterline",
+        timeout_ms: int = 250,
+        batch_window_us: int = 500,
+        policy: Policy = deny,
+        leases: LeasePlan | None = None,
+        connections: int = 2,
+        batch_ops_max: int = 256,
+    ) -> Connecting:
+        """To be entered with `async with` or `with`.
+
+        Redis need not be there: until it answers, the policy decides.
+
+        Args:
+            redis_url: `redis://`, `rediss://` or `unix://`.
+            namespace: first part of every key.
+            timeout_ms: how long a call may take; then the client's policy decides.
+            batch_window_us: concurrent calls are collected at most so long.
+            policy: whether a client's work may be done while nobody can decide.
+            leases: for very hot clients: their credits are taken in portions and decided in this process.
+            connections: batches that may be on their way at once.
+            batch_ops_max: calls in one batch: Redis does nothing else meanwhile, about 5 us each.
+
+        Raises (when entered):
+            UserError: the address is wrong, the password is refused, or the server can't keep credits safely.
+        """
+
+        async def open_buckets() -> CreditBuckets:
+            look_s = max(timeout_ms / 1_000, CONNECT_S_MIN)
+            server = Server(redis_url, namespace, connect_timeout_s=look_s)
+            batcher = Batcher(
+                server,
+                window_s=batch_window_us / 1_000_000,
+                timeout_s=timeout_ms / 1_000,
+                lanes=connections,
+                batch_ops_max=batch_ops_max,
+            )
+            try:
+                await server.look(look_s)
+            except Unreachable as error:
+                batcher.availability.trip(str(error))
+            except BaseException:
+                await batcher.close()
+                raise
+            return cls(batcher, policy, leases)
+
+        return Connecting(open_buckets)
+
+    async def reserve(
+        self,
+        client_id: str,
+        credits: Credits,  # noqa: A002 - the word everybody uses
+        *,
+        reservation_id: str,
+        ttl_s: float = 60.0,
+    ) -> Reservation:
+        """Set credits aside for one piece of work.
+
+        Args:
+            client_id: whose credits.
+            credits: the most the work may cost.
+            reservation_id: of this attempt of the task: another attempt is another id.
+            ttl_s: how long they stay set aside without `renew`.
+
+        Returns:
+            Look at `done` (the same work was settled before: don't do it again) and `covered`.
+
+        Raises:
+            CreditsExhausted: the client has too few.
+            QuotaUnavailable: nobody decided in time, and the client's policy is to deny then.
+            ReservationConflict: the id is taken by a reservation of other credits.
+            ReservationLapsed: the reservation of this id was voided or has expired.
+            InvalidReservation: what was given can never be accepted.
+        """
+        micro = micro_of(credits)
+        leases = self._leases
+        if leases is not None:
+            lease = leases.active.get(client_id)
+            if lease is None:
+                leases.note(client_id, micro)
+            else:
+                if leases.turn_is_long():
+                    await asyncio.sleep(0)
+                made = lease.take(reservation_id, micro, ttl_s)
+                if made is not None:
+                    return made
+                await lease.refill()
+                made = lease.take(reservation_id, micro, ttl_s)
+                if made is not None:
+                    return made
+        outcome = await self._reserve_at_server(client_id, micro, reservation_id, ttl_s)
+        if isinstance(outcome, Reservation):
+            return outcome
+        raise outcome
+
+    async def settle(
+        self, reservation_id: str, parts: Iterable[Part], *, final: bool = True, client_id: str | None = None
+    ) -> None:
+        """Tell what the work has published. The log charges it; this frees what was set aside for it.
+
+        Args:
+            reservation_id: as reserved.
+            parts: position and cost of each acknowledged event, in one call or several.
+            final: nothing else will come; what was reserved beyond the parts is available again.
+            client_id: needed when this process did not make the reservation.
+
+        Raises:
+            QuotaUnavailable: not recorded (or not known to be); the log charges nevertheless.
+            InvalidReservation: what was given can never be accepted.
+        """
+        named = parts_checked(parts)
+        if self._leases is not None and (held := self._leases.held.get(reservation_id)) is not None:
+            lease, left = held
+            lease.settle(reservation_id, left, named, final=final)
+            await lease.room()
+            return
+        owner = self._client_of(reservation_id, client_id)
+        op = operations.settle(reservation_id, named, final=final)
+        self._require_ok(await self._ask(owner, op))
+        if final:
+            self._known.pop(reservation_id, None)
+            self._settled.note(reservation_id, owner)
+
+    async def void(self, reservation_id: str, *, client_id: str | None = None) -> None:
+        """Free a reservation whose work did not happen. Never after an attempt to publish: settle then.
+
+        Raises:
+            QuotaUnavailable: not recorded (or not known to be): it stays set aside until its time is up.
+        """
+        if self._leases is not None and (held := self._leases.held.get(reservation_id)) is not None:
+            held[0].void(reservation_id, held[1])
+            return
+        owner = self._client_of(reservation_id, client_id)
+        self._require_ok(await self._ask(owner, operations.void(reservation_id)))
+        self._known.pop(reservation_id, None)
+        self._voided.note(reservation_id, owner)
+
+    async def renew(self, reservation_id: str, ttl_s: float = 60.0, *, client_id: str | None = None) -> None:
+        """Keep credits set aside for `ttl_s` from now; call it while the work runs, three times a `ttl_s`.
+
+        A reservation that a rebuilt bucket does not know, or that a policy allowed, is set aside by this.
+
+        Raises:
+            ReservationLapsed: it has ended: what the work costs from here on is not covered.
+            QuotaUnavailable: not prolonged (or not known to be).
+        """
+        ttl_ms = ttl_ms_of(ttl_s)
+        if self._leases is not None and (held := self._leases.held.get(reservation_id)) is not None:
+            try:
+                held[0].renew(ttl_s)
+            except Unreachable as error:
+                raise QuotaUnavailable(str(error)) from None
+            return
+        owner = self._client_of(reservation_id, client_id)
+        known = self._known.get(reservation_id)
+        # Of a reservation made elsewhere the amount is not known: prolonged if it stands, not made anew.
+        micro, generation = (known.credits_micro, known.generation) if known else (0, GENERATION_MAX)
+        answer = await self._ask(owner, operations.renew(reservation_id, micro, ttl_ms, generation))
+        if answer.startswith(b"g "):
+            if known is not None:
+                generation = int(answer.rpartition(b" ")[2])
+                self._known[reservation_id] = known._replace(generation=generation, covered=True)
+        elif answer == b"l":
+            raise ReservationLapsed(owner, reservation_id)
+        else:
+            raise InvalidReservation(_said(answer))
+
+    async def balance(self, client_id: str) -> Balance:
+        """A client's credits at this instant, as the bucket has them: leases count as reserved.
+
+        Raises:
+            QuotaUnavailable: Redis did not answer in time.
+        """
+        answer = await self._ask(id_checked("client_id", client_id), operations.BALANCE)
+        found = parse_balance(answer.decode())
+        return Balance(
+            client_id=client_id,
+            granted_micro=found.granted,
+            consumed_micro=found.consumed,
+            provisional_micro=found.provisional,
+            reserved_micro=found.reserved,
+            available_micro=found.available,
+            is_open=found.open,
+            generation=found.generation,
+            period_start=found.period_start,
+        )
+
+    async def reserve_many(
+        self, client_id: str, wanted: Iterable[tuple[str, Credits]], ttl_s: float = 60.0
+    ) -> list[Outcome]:
+        """`reserve` for many pieces of work of one client in one call; each is decided by itself.
+
+        Args:
+            client_id: whose credits.
+            wanted: reservation id and credits of each.
+            ttl_s: of each.
+
+        Returns:
+            In the order given: the reservation, or the exception `reserve` would have raised.
+
+        Raises:
+            InvalidReservation: one of them can never be accepted. None was made.
+        """
+        asked = wanted_checked(wanted)
+        leases = self._leases
+        lease = None
+        if leases is not None and asked:
+            lease = leases.active.get(client_id)
+            if lease is None:
+                leases.note(client_id, asked[0][1], len(asked))
+                if opening := leases.opening.get(client_id):
+                    await asyncio.shield(opening)
+                    lease = leases.active.get(client_id)
+        if leases is None or lease is None:
+            return await self._reserve_all_at_server(client_id, asked, ttl_s)
+        if leases.turn_is_long():
+            await asyncio.sleep(0)
+        outcomes = lease.take_many(asked, ttl_s)
+        if None in outcomes:
+            missing = [index for index, outcome in enumerate(outcomes) if outcome is None]
+            await lease.refill()
+            left = [asked[index] for index in missing]
+            taken = lease.take_many(left, ttl_s)
+            at_server = [request for request, outcome in zip(left, taken, strict=True) if outcome is None]
+            decided = iter(await self._reserve_all_at_server(client_id, at_server, ttl_s))
+            for index, outcome in zip(missing, taken, strict=True):
+                outcomes[index] = next(decided) if outcome is None else outcome
+        return cast("list[Outcome]", outcomes)
+
+    async def settle_many(
+        self, client_id: str, settled: Iterable[tuple[str, Sequence[Part]]], *, final: bool = True
+    ) -> None:
+        """`settle` for many pieces of work of one client in one call.
+
+        Raises:
+            QuotaUnavailable: some were not recorded (or not known to be); the same call again is safe.
+            InvalidReservation: one of them can never be accepted.
+        """
+        left = settled_checked(settled)
+        if self._leases is not None and final and (lease := self._leases.active.get(client_id)) is not None:
+            left = lease.settle_many(left)
+            await lease.room()
+        calls = [
+            self.settle(reservation_id, parts, final=final, client_id=client_id)
+            for reservation_id, parts in left
+        ]
+        for result in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
+
+    async def close(self) -> None:
+        """Give leases back, let calls under way end. `async with` does it."""
+        if self._leases is not None:
+            await self._leases.close(LEASES_CLOSE_S)
+        await self._batcher.close()
+
+    # ------------------------------------------------------------------ inside
+
+    async def _reserve_at_server(
+        self, client_id: str, micro: int, reservation_id: str, ttl_s: float
+    ) -> Outcome:
+        """Ask the bucket."""
+        asked = self._asked(client_id, micro, reservation_id, ttl_s)
+        if not isinstance(asked, str):
+            return asked
+        try:
+            answer = await self._submit(client_id, asked)
+            lease = self._leases.active.get(client_id) if self._leases is not None else None
+            if answer.startswith(b"r ") and lease is not None and lease.free + int(answer[2:]) >= micro:
+                # What this process keeps for itself would be enough.
+                await lease.give_back()
+                answer = await self._submit(client_id, asked)
+        except Unreachable as error:
+            return self._undecided(client_id, micro, reservation_id, ttl_s, str(error))
+        return self._decided(answer, client_id, micro, reservation_id, ttl_s)
+
+    async def _reserve_all_at_server(
+        self, client_id: str, asked: Sequence[tuple[str, int]], ttl_s: float
+    ) -> list[Outcome]:
+        waiting: list[asyncio.Future[bytes] | Outcome] = []
+        for reservation_id, micro in asked:
+            op = self._asked(client_id, micro, reservation_id, ttl_s)
+            try:
+                waiting.append(self._submit(client_id, op) if isinstance(op, str) else op)
+            except Unreachable as error:
+                waiting.append(self._undecided(client_id, micro, reservation_id, ttl_s, str(error)))
+        outcomes: list[Outcome] = []
+        for (reservation_id, micro), answer in zip(asked, waiting, strict=True):
+            if not isinstance(answer, asyncio.Future):
+                outcomes.append(answer)
+                continue
+            try:
+                outcomes.append(self._decided(await answer, client_id, micro, reservation_id, ttl_s))
+            except Unreachable as error:
+                outcomes.append(self._undecided(client_id, micro, reservation_id, ttl_s, str(error)))
+        return outcomes
+
+    def _asked(self, client_id: str, micro: int, reservation_id: str, ttl_s: float) -> Outcome | str:
+        """What to ask the server; or the outcome, where it needn't be asked."""
+        try:
+            self._require_own(client_id, reservation_id)
+            ttl_ms = ttl_ms_of(ttl_s)
+            if self._leases is not None and (
+                again := self._leases.again(client_id, reservation_id, micro, ttl_s)
+            ):
+                return again
+        except (ReservationConflict, ReservationLapsed, InvalidReservation) as error:
+            return error
+        if self._availability.tripped:
+            return self._undecided(client_id, micro, reservation_id, ttl_s, self._availability.reason)
+        return operations.reserve(reservation_id, micro, ttl_ms)
+
+    def _decided(  # noqa: PLR0911 - one for each word a bucket answers
+        self, answer: bytes, client_id: str, micro: int, reservation_id: str, ttl_s: float
+    ) -> Outcome:
+        """What the bucket's answer means."""
+        kind, _, rest = answer.partition(b" ")
+        if kind == b"g":
+            GRANTED.inc()
+            generation = int(rest.partition(b" ")[2])
+            made = Reservation(reservation_id, client_id, micro, ttl_s, generation, done=False, covered=True)
+            return self._remember(made)
+        match kind:
+            case b"r":
+                EXHAUSTED.inc()
+                return CreditsExhausted(client_id, credits_of(micro), credits_of(int(rest)))
+            case b"c":
+                return self._undecided(
+                    client_id, micro, reservation_id, ttl_s, "the buckets are being rebuilt"
+                )
+            case b"d":
+                self._settled.note(reservation_id, client_id)
+                return Reservation(reservation_id, client_id, micro, ttl_s, 0, done=True, covered=True)
+            case b"t":
+                return ReservationLapsed(client_id, reservation_id)
+            case b"x":
+                return ReservationConflict(
+                    f"reservation {reservation_id!r} of {client_id} holds {credits_of(int(rest)):f} credits; "
+                    f"{credits_of(micro):f} were asked for under the same id"
+                )
+            case _:
+                return InvalidReservation(_said(answer))
+
+    def _undecided(
+        self, client_id: str, micro: int, reservation_id: str, ttl_s: float, reason: str
+    ) -> Reservation | QuotaUnavailable:
+        """The client's policy decides."""
+        if self._policy(client_id) is not QuotaPolicy.ALLOW:
+            UNAVAILABLE.inc()
+            return QuotaUnavailable(f"credits of {client_id} could not be reserved: {reason}")
+        ALLOWED.inc()
+        self._availability.allowed(micro)
+        made = Reservation(reservation_id, client_id, micro, ttl_s, 0, done=False, covered=False)
+        return self._remember(made)
+
+    def _remember(self, made: Reservation) -> Reservation:
+        known = self._known
+        known[made.reservation_id] = made
+        if len(known) > RESERVATIONS_MAX:
+            del known[next(iter(known))]
+        return made
+
+    def _require_own(self, client_id: str, reservation_id: str) -> None:
+        """Ids are the bucket's, but settle and void name no client: one process uses an id for one client."""
+        known = self._known.get(reservation_id)
+        if known is None:
+            id_checked("client_id", client_id)
+            id_checked("reservation_id", reservation_id)
+        elif known.client_id != client_id:
+            raise ReservationConflict(
+                f"reservation {reservation_id!r} is one of {known.client_id}, not of {client_id}"
+            )
+
+    def _client_of(self, reservation_id: str, client_id: str | None) -> str:
+        if client_id is not None:
+            id_checked("reservation_id", reservation_id)
+            return id_checked("client_id", client_id)
+        known = self._known.get(reservation_id)
+        if known is not None:
+            return known.client_id
+        found = self._settled.client_of(reservation_id) or self._voided.client_of(reservation_id)
+        if found is None:
+            raise InvalidReservation(
+                f"reservation {reservation_id!r} is not known in this process: name its client_id"
+            )
+        return found
+
+    async def _ask(self, client_id: str, op: operations.Op) -> bytes:
+        if self._availability.tripped:
+            raise QuotaUnavailable(self._availability.reason)
+        try:
+            return await self._submit(client_id, op)
+        except Unreachable as error:
+            raise QuotaUnavailable(str(error)) from None
+
+    def _require_ok(self, answer: bytes) -> None:
+        if answer.startswith(b"e "):
+            raise InvalidReservation(_said(answer))
+
+
+class Connecting:
+    """`async with` it for `CreditBuckets`, `with` it for `SyncCreditBuckets`."""
+
+    def __init__(self, open_buckets: Callable[[], Coroutine[Any, Any, CreditBuckets]]) -> None:
+        """See `CreditBuckets.connect`."""
+        self._open = open_buckets
+        self._buckets: CreditBuckets | None = None
+        self._thread: LoopThread | None = None
+
+    async def __aenter__(self) -> CreditBuckets:
+        self._buckets = await self._open()
+        return self._buckets
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._buckets is not None:
+            await self._buckets.close()
+
+    def __enter__(self) -> SyncCreditBuckets:
+        self._thread = LoopThread()
+        try:
+            self._buckets = self._thread.run(self._open())
+        except BaseException:
+            self._thread.stop()
+            raise
+        return SyncCreditBuckets(self._buckets, self._thread.run)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is not None and self._buckets is not None:
+            self._thread.run(self._buckets.close())
+            self._thread.stop()
+
+
+def _said(answer: bytes) -> str:
+    """The bucket's own words for a refusal."""
+    return answer.decode().removeprefix("e ")

@@ -1,0 +1,515 @@
+"""A lease: a very hot client's credits are taken in portions, and decided in this process.
+
+A lease is a reservation whose holder is this process. The holder states it anew with numbered messages, each
+of which says everything: how much it still needs, and which parts were settled since the last one. The rules
+(the model's Q7), and what each prevents:
+
+* A statement is absolute, has a number, and one at a time is on its way, repeated unchanged until it is
+  answered: a copy that arrives late or twice changes nothing.
+* What is given back is no longer decided from, *before* the statement leaves.
+* A statement that carries parts never raises the lease, one that raises it carries none: a refused raise
+  leaves the hold as it was, parts included, and their credits would be counted as free again.
+* A rebuilt bucket takes a lease as it is stated, unasked: credits that a raise got that way are not used.
+* After its own deadline, by a clock that runs while the machine sleeps, the holder decides nothing.
+* A lapsed lease is gone. Work decided under it goes on as reservations of its own.
+
+A lease is kept small: a share of the budget, an eighth of what is left, no more than the demand. Near zero it
+is given back, and each reservation is decided at the server again.
+
+What a lease does not know: ids of other processes. The same reservation id in two processes at once is two
+holds (never a charge: the log charges events).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Final
+
+from meterline import metrics
+from meterline.domain.buckets import BucketBalance, parse_balance
+from meterline.logs import get_logger
+from meterline.quota import operations
+from meterline.quota.answers import TTL_S_MAX, Outcome, Part, Reservation
+from meterline.quota.availability import Unreachable
+from meterline.quota.errors import ReservationConflict, ReservationLapsed
+
+if TYPE_CHECKING:
+    from meterline.quota.leases import Leases
+
+__all__ = ["ROOM_SHARE", "SMALL", "Lease", "LeasePlan", "Submit", "now_s"]
+
+PARTS_WAITING_MAX: Final = 8_000
+"""Settled parts that wait for a statement. At this limit settle waits for Redis."""
+STATEMENT_PARTS_MAX: Final = 2_000
+"""Of one statement, about 6 ms of the server's time. So many don't wait for the interval."""
+RETRY_PAUSE_S: Final = 0.05
+ROOM_SHARE: Final = 8
+"""A lease takes at most this fraction of what is left, so that several processes find some."""
+SMALL: Final = 4
+"""A lease of fewer reservations than this is not worth its messages."""
+RETIRE_AFTER_S: Final = 60.0
+"""Then a lease is replaced by a new one: reservations that nobody ended can't keep an old one for ever."""
+
+TTL_SLACK: Final = 1.25
+"""A lease stands longer than its reservations were promised, so that not each new one needs a statement."""
+SPENT_SHARE: Final = 4
+"""A lease grows until one round of statements spends less than this fraction of it."""
+
+GRANTED: Final = metrics.QUOTA_DECISIONS.labels("granted")
+NOBODYS: Final[tuple[None, int]] = (None, 0)
+Submit = Callable[[str, operations.Op], "asyncio.Future[bytes]"]
+
+_new_reservation = tuple.__new__  # the generated __new__ takes twice as long
+_clock_id = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+log = get_logger(__name__)
+
+
+def now_s() -> float:
+    """Seconds of a clock that goes on while the machine sleeps, where there is one."""
+    return time.clock_gettime(_clock_id)
+
+
+@dataclass(frozen=True, slots=True)
+class LeasePlan:
+    """When and how this process takes leases.
+
+    Attributes:
+        calls_per_s: reservations of one client from which on it gets a lease.
+        share_max: of the client's granted credits that the lease of one process may hold at most; with many
+            processes, choose the share of all divided by their number.
+        ttl_s: how long a lease stands without a statement: what a killed process strands, and for how long.
+        interval_ms: settled parts are stated at least so often.
+    """
+
+    calls_per_s: float = 200.0
+    share_max: float = 0.01
+    ttl_s: float = 10.0
+    interval_ms: float = 5.0
+
+
+class Lease:
+    """Credits of one client that this process decides about.
+
+    `free + decided + unstated` is what the bucket holds for it, as far as this process knows.
+
+    Attributes:
+        free: can be decided; micro-credits, as all amounts here. Below zero after the bucket gave less.
+        decided: reserved by work that has not ended.
+        unstated: settled by parts that no statement has named yet.
+        deadline: by `now_s`: nothing is decided after it.
+    """
+
+    def __init__(
+        self,
+        leases: Leases,
+        client_id: str,
+        reservation_id: str,
+        *,
+        micro: int,
+        balance: BucketBalance,
+        deadline: float,
+    ) -> None:
+        """A reservation the bucket has granted. `run` keeps it.
+
+        Args:
+            leases: of this process.
+            client_id: whose credits.
+            reservation_id: of the lease itself.
+            micro: what was reserved.
+            balance: of the bucket just before.
+            deadline: of the reservation, by `now_s`.
+        """
+        self.client_id = client_id
+        self.reservation_id = reservation_id
+        self.generation = balance.generation
+        self.free = micro
+        self.decided = 0
+        self.unstated = 0
+        self.deadline = deadline
+        self.is_retired = False
+        self._leases = leases
+        self._held = leases.held
+        self._plan = leases.plan
+        self._loop = asyncio.get_running_loop()
+        self._parts: list[Part] = []
+        self._covers: list[int] = []
+        self._seq = 0
+        self._ttl_s = leases.plan.ttl_s
+        self._live_until = 0.0
+        self._retire_at = now_s() + RETIRE_AFTER_S
+        self._size = micro
+        self._low = micro // 2
+        self._spent = self._takes = 0
+        self._request = 1
+        self._missed = 0
+        self._granted, self._available, self._is_open = balance.granted, balance.available, True
+        self._share = 0
+        self._used_at = now_s()
+        self._waker: asyncio.Future[None] | None = None
+        self._is_woken = False
+        self._returned: asyncio.Future[None] = self._loop.create_future()
+        self._room: asyncio.Future[None] | None = None
+        self._refilled: asyncio.Future[None] | None = None
+
+    def take(self, reservation_id: str, micro: int, ttl_s: float) -> Reservation | None:
+        """Decide here.
+
+        Returns:
+            None: this lease can't; ask the server.
+
+        Raises:
+            ReservationConflict: the id is taken.
+        """
+        now = now_s()
+        if micro > self.free or now >= self.deadline:
+            self._missed += micro
+            self._request = micro
+            self.wake()
+            return None
+        if self._leases.knows(reservation_id):
+            return self._leases.again(self.client_id, reservation_id, micro, ttl_s)
+        self.free -= micro
+        self.decided += micro
+        self._spent += micro
+        self._takes += 1
+        self._held[reservation_id] = (self, micro)
+        ends = now + ttl_s
+        self._live_until = max(self._live_until, ends)
+        if self.free < self._low or ends > self.deadline:
+            self._request = micro
+            self._ttl_s = max(self._ttl_s, ttl_s)
+            self.wake()
+        return _new_reservation(
+            Reservation, (reservation_id, self.client_id, micro, ttl_s, self.generation, False, True)
+        )
+
+    def take_many(self, asked: Sequence[tuple[str, int]], ttl_s: float) -> list[Outcome | None]:
+        """`take` for many; a conflict is an outcome here.
+
+        Where all of them are new and fit, which is nearly always, that is seen by whole sets: it is why there
+        is a bulk call.
+        """
+        now = now_s()
+        wanted = sum([micro for _, micro in asked])
+        names = {name for name, _ in asked}
+        if (
+            wanted > self.free
+            or now >= self.deadline
+            or len(names) < len(asked)
+            or self._leases.knows_any(names)
+        ):
+            return [self._take_or_why_not(name, micro, ttl_s) for name, micro in asked]
+        self.free -= wanted
+        self.decided += wanted
+        self._spent += wanted
+        self._takes += len(asked)
+        ends = now + ttl_s
+        self._live_until = max(self._live_until, ends)
+        if self.free < self._low or ends > self.deadline:
+            self._request = wanted // max(1, len(asked))
+            self._ttl_s = max(self._ttl_s, ttl_s)
+            self.wake()
+        self._held.update({name: (self, micro) for name, micro in asked})
+        client_id, generation = self.client_id, self.generation
+        return [
+            _new_reservation(Reservation, (name, client_id, micro, ttl_s, generation, False, True))
+            for name, micro in asked
+        ]
+
+    def _take_or_why_not(self, reservation_id: str, micro: int, ttl_s: float) -> Outcome | None:
+        try:
+            return self.take(reservation_id, micro, ttl_s)
+        except (ReservationConflict, ReservationLapsed) as error:
+            return error
+
+    def settle_many(self, settled: Sequence[tuple[str, Sequence[Part]]]) -> list[tuple[str, Sequence[Part]]]:
+        """`settle`, final, for many, whose parts were checked.
+
+        Returns:
+            Those that are not of this lease, or need a closer look.
+        """
+        others: list[tuple[str, Sequence[Part]]] = []
+        if self._leases.partly:
+            return list(settled)
+        held, note = self._held, self._leases.settled
+        ended, kept, covers = note.newer, self._parts, self._covers
+        if not kept:
+            self._loop.call_later(self._plan.interval_ms / 1_000, self.wake)
+        client_id = self.client_id
+        decided = unstated = 0
+        for reservation_id, parts in settled:
+            holder, micro = held.pop(reservation_id, NOBODYS)
+            if holder is not self:
+                if holder is not None:
+                    held[reservation_id] = (holder, micro)
+                others.append((reservation_id, parts))
+                continue
+            ended[reservation_id] = client_id
+            decided += micro
+            for part in parts:
+                cover = part[3]
+                cover = min(cover, micro)
+                micro -= cover
+                unstated += cover
+                kept.append(part)
+                covers.append(cover)
+        self.decided -= decided
+        self.unstated += unstated
+        self.free += decided - unstated
+        note.trim()
+        if len(kept) >= STATEMENT_PARTS_MAX:
+            self.wake()
+        return others
+
+    def settle(self, reservation_id: str, micro: int, parts: Sequence[Part], *, final: bool) -> None:
+        """Note settled parts of a reservation that has `micro` left; the next statement names them."""
+        if not self._parts:
+            self._loop.call_later(self._plan.interval_ms / 1_000, self.wake)
+        if not final or self._leases.partly:
+            parts = self._leases.new_parts(reservation_id, micro, parts, final=final)
+        left = micro
+        for part in parts:
+            cover = min(left, part[3])
+            left -= cover
+            self._parts.append(part)
+            self._covers.append(cover)
+        self.unstated += micro - left
+        if final:
+            del self._held[reservation_id]
+            self._leases.settled.note(reservation_id, self.client_id)
+            self.decided -= micro
+            self.free += left
+        else:
+            self._held[reservation_id] = (self, left)
+            self.decided -= micro - left
+        if len(self._parts) >= STATEMENT_PARTS_MAX:
+            self.wake()
+
+    def void(self, reservation_id: str, micro: int) -> None:
+        """The credits of a reservation can be decided again."""
+        del self._held[reservation_id]
+        ended = self._leases.voided
+        if self._leases.partly.pop(reservation_id, None) is not None:
+            ended = self._leases.settled
+        ended.note(reservation_id, self.client_id)
+        self.decided -= micro
+        self.free += micro
+
+    def renew(self, ttl_s: float) -> None:
+        """Keep the lease at least so long.
+
+        Raises:
+            Unreachable: its deadline has passed, and whether it still stands is not known.
+        """
+        now = now_s()
+        self._live_until = max(self._live_until, now + ttl_s)
+        if now + ttl_s > self.deadline:
+            self._ttl_s = max(self._ttl_s, ttl_s)
+            self.wake()
+        if now >= self.deadline:
+            raise Unreachable("the lease could not be prolonged in time")
+
+    async def refill(self) -> None:
+        """Wait for the next round of statements: it may bring more than a call to the server would."""
+        if not self.is_retired and now_s() < self.deadline:
+            if self._refilled is None:
+                self._refilled = self._loop.create_future()
+            self.wake()
+            await asyncio.shield(self._refilled)
+
+    async def room(self) -> None:
+        """Wait until more settled parts may be noted."""
+        while len(self._parts) >= PARTS_WAITING_MAX and not self._returned.done():
+            if self._room is None:
+                self._room = self._loop.create_future()
+            self.wake()
+            await asyncio.shield(self._room)
+
+    def retire(self) -> None:
+        """Decide nothing more here; what is free goes back with the next statement."""
+        self.is_retired = True
+        self._leases.forget(self)
+        self.wake()
+
+    async def give_back(self) -> None:
+        """Retire, and wait until what was free is back in the bucket (or the lease is gone)."""
+        self.retire()
+        await asyncio.shield(self._returned)
+
+    def wake(self) -> None:
+        """State the lease soon."""
+        if self._waker is None:
+            self._is_woken = True
+        elif not self._waker.done():
+            self._waker.set_result(None)
+
+    # ------------------------------------------------------------------ the holder
+
+    async def run(self) -> None:
+        """Keep the lease until it has lapsed, or nothing of it is left."""
+        try:
+            while await self._state():
+                if self._is_over():
+                    await self._end()
+                    return
+                await self._pause()
+        finally:
+            self._lapse()
+
+    async def _pause(self) -> None:
+        if not self._is_woken:
+            self._waker = self._loop.create_future()
+            timer = self._loop.call_later(self._plan.ttl_s / 3, self.wake)
+            try:
+                await self._waker
+            finally:
+                timer.cancel()
+                self._waker = None
+        self._is_woken = False
+
+    async def _state(self) -> bool:
+        """One round of statements: what was settled, what is given back; then what more is needed.
+
+        Returns:
+            Whether the lease stands.
+        """
+        target = self._target()
+        if self.free > 2 * target:
+            self.free = target
+        parts, self._parts = self._parts[:STATEMENT_PARTS_MAX], self._parts[STATEMENT_PARTS_MAX:]
+        self.unstated -= sum(self._covers[:STATEMENT_PARTS_MAX])
+        del self._covers[:STATEMENT_PARTS_MAX]
+        refilled, self._refilled = self._refilled, None
+        try:
+            if not await self._say(self._stands_for(), parts):
+                return False
+            if self._room is not None and len(self._parts) < PARTS_WAITING_MAX:
+                self._room.set_result(None)
+                self._room = None
+            if self.is_retired:
+                if self.free <= 0 and not self._returned.done():
+                    self._returned.set_result(None)
+            elif self.free <= target // 2 and self._is_open:
+                self._low = target // 2
+                hold = min(target + self.decided + self.unstated, self._share)
+                if hold > self._stands_for() and not await self._say(hold, ()):
+                    return False
+        finally:
+            if refilled is not None:
+                refilled.set_result(None)
+        if self._parts:
+            self._is_woken = True
+        return True
+
+    def _stands_for(self) -> int:
+        """What the bucket holds for this lease, as far as is known here."""
+        return self.free + self.decided + self.unstated
+
+    async def _say(self, hold: int, parts: Sequence[Part]) -> bool:
+        """Make one statement, the same again until it is answered; in the same call, look at the bucket.
+
+        Returns:
+            Whether the lease stands.
+        """
+        self._seq += 1
+        is_raise = hold > self._stands_for()
+        ttl_s = min(self._ttl_s * TTL_SLACK, TTL_S_MAX)
+        op = operations.lease(
+            self.reservation_id,
+            self._seq,
+            max(hold, 0),
+            parts,
+            ttl_ms=ceil(ttl_s * 1_000),
+            generation=self.generation,
+        )
+        submit = self._leases.submit
+        started = now_s()
+        while True:
+            try:
+                answers = submit(self.client_id, op), submit(self.client_id, operations.BALANCE)
+                answer, looked = await asyncio.gather(*answers)
+                break
+            except Unreachable:
+                await asyncio.sleep(RETRY_PAUSE_S)
+        balance = parse_balance(looked.decode())
+        is_same = balance.open and balance.generation == self.generation
+        self._granted, self._available, self._is_open = balance.granted, balance.available, balance.open
+        self.generation = balance.generation
+        if answer.startswith(b"g "):
+            self.deadline = max(self.deadline, started + ttl_s)
+            # A new generation takes a lease as it is stated: no credits may come that were not here.
+            if is_same or not is_raise:
+                self.free += int(answer.rpartition(b" ")[2]) - self._stands_for()
+            return True
+        if answer == b"o":
+            # Done before, and its answer was lost: what it gave is not known, so nothing is counted on.
+            self._is_woken = True
+            return True
+        if answer != b"l":
+            log.error("a lease's statement was refused", client_id=self.client_id, answer=answer.decode())
+        return False
+
+    def _target(self) -> int:
+        """How much shall be free: the demand, within the share of the budget and what others need to find."""
+        now = now_s()
+        if self._spent or self._missed:
+            self._used_at = now
+        self._share = int(self._granted * self._plan.share_max)
+        if self._missed or SPENT_SHARE * self._spent > self._size:
+            self._size = min(max(2 * self._size, self._size + 2 * self._missed), self._share)
+        GRANTED.inc(self._takes)
+        self._spent = self._missed = self._takes = 0
+        room = (self._available + self.free) // ROOM_SHARE
+        if not self._is_open:
+            room = max(room, self.free)
+        elif min(room, self._share) < SMALL * self._request:
+            self._leases.cool(self.client_id)
+            self.retire()
+        if now > self._retire_at or now - self._used_at > self._plan.ttl_s:
+            self.retire()
+        if self.is_retired:
+            return 0
+        return max(0, min(self._size, room, self._share - self.decided - self.unstated))
+
+    def _is_over(self) -> bool:
+        if not self.is_retired or self._parts:
+            return False
+        if self.free > 0:
+            self._is_woken = True
+            return False
+        return self.decided == 0 or self._leases.is_closing or now_s() > self._live_until
+
+    async def _end(self) -> None:
+        """Nothing is decided any more. What nobody ended stays held until the log's clock ends it."""
+        if self.decided == 0:
+            with suppress(Unreachable):
+                await self._leases.submit(
+                    self.client_id, operations.settle(self.reservation_id, (), final=True)
+                )
+
+    def _lapse(self) -> None:
+        """From now on each reservation made here stands for itself; unstated parts are still told."""
+        self.free = 0
+        self.is_retired = True
+        self._leases.forget(self)
+        self._leases.release(self)
+        while self._parts:
+            parts, self._parts = self._parts[:STATEMENT_PARTS_MAX], self._parts[STATEMENT_PARTS_MAX:]
+            op = operations.lease(self.reservation_id, 1, 0, parts, ttl_ms=1, generation=self.generation)
+            with suppress(Unreachable):
+                self._leases.submit(self.client_id, op).add_done_callback(_seen)
+        for waiting in (self._returned, self._room, self._refilled):
+            if waiting is not None and not waiting.done():
+                waiting.set_result(None)
+
+
+def _seen(answered: asyncio.Future[bytes]) -> None:
+    """Nobody waits for it; an error was logged where it arose."""
+    if not answered.cancelled():
+        answered.exception()

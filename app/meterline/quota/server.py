@@ -1,0 +1,136 @@
+"""One Redis server as the library meets it: connections, the script that names it, what it must be like."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Final
+
+from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from meterline.errors import UserError
+from meterline.logs import get_logger
+from meterline.quota.availability import Unreachable
+from meterline.quota.keys import Keys, shard_of
+from meterline.quota.scripts import rendered
+
+__all__ = ["Server", "require_safe"]
+
+VERSION_MIN: Final = (7, 0)
+"""From here on neither Redis nor Valkey keeps scripts in its files: a restart forgets them, which is how one
+is noticed."""
+
+log = get_logger(__name__)
+
+
+class Server:
+    """Where the buckets of one namespace are."""
+
+    def __init__(self, url: str, namespace: str, *, connect_timeout_s: float) -> None:
+        """Nothing is connected yet.
+
+        Raises:
+            UserError: the address is wrong.
+        """
+        try:
+            self._pool = ConnectionPool.from_url(
+                url,
+                protocol=2,
+                decode_responses=False,
+                socket_timeout=None,  # who calls measures the time of the whole call
+                socket_connect_timeout=connect_timeout_s,
+            )
+        except ValueError as error:
+            raise UserError(f"{url!r} is no address of a Redis server: {error}") from None
+        self._keys = Keys(namespace)
+
+    def new_connection(self) -> AbstractConnection:
+        """One that is not connected yet, and not shared."""
+        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        return connection
+
+    async def load_script(self, connection: AbstractConnection) -> str:
+        """Make the server know the script; its text names the process that runs there now.
+
+        Returns:
+            The digest to call it by.
+        """
+        info = await _info(connection, "server")
+        if not connection.is_connected:
+            # Sending would connect again, perhaps to a process with another run id.
+            raise RedisConnectionError("Redis closed the connection")
+        await connection.send_command(
+            "SCRIPT", "LOAD", rendered("bucket", info["run_id"]), check_health=False
+        )
+        digest: bytes = await connection.read_response(disable_decoding=True)
+        return digest.decode()
+
+    def call_head(self, digest: str, client_id: str) -> bytes:
+        """A call of the script for a client in Redis' protocol, up to its last two arguments."""
+        keys = self._keys.of_bucket_script(client_id)
+        prefix = self._keys.provisional_prefix(shard_of(client_id))
+        words = ["EVALSHA", digest, str(len(keys)), *keys, client_id, prefix]
+        packed = [b"*%d\r\n" % (len(words) + 2)]
+        for word in words:
+            text = word.encode()
+            packed.append(b"$%d\r\n%b\r\n" % (len(text), text))
+        return b"".join(packed)
+
+    async def look(self, timeout_s: float) -> None:
+        """Whether credits can be kept there.
+
+        Raises:
+            UserError: the password is refused, or the server can't keep credits safely.
+            Unreachable: it doesn't answer.
+        """
+        connection = self.new_connection()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await connection.connect()  # type: ignore[no-untyped-call]
+                info = await _info(connection, "everything")
+        except (AuthenticationError, AuthorizationError) as error:
+            raise UserError(f"Redis refuses to let us in: {error}") from None
+        except (RedisError, OSError, TimeoutError) as error:
+            raise Unreachable(str(error) or type(error).__name__) from None
+        finally:
+            await connection.disconnect(nowait=True)
+        if hidden := require_safe(info):
+            log.warning("Redis does not tell whether it keeps credits safely; look yourself", hidden=hidden)
+
+
+def require_safe(info: Mapping[str, str]) -> list[str]:
+    """Whether credits can be kept on a server, by its own words (INFO).
+
+    Returns:
+        What it doesn't tell, as managed servers may.
+
+    Raises:
+        UserError: too old, without an append-only file, or it evicts keys.
+    """
+    version = info.get("redis_version", "")
+    number = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
+    if number and number < VERSION_MIN:
+        raise UserError(
+            f"Redis {version} is too old for credit buckets; use {VERSION_MIN[0]}.{VERSION_MIN[1]} or "
+            "newer, or Valkey. Older ones keep scripts over a restart, which would not be noticed."
+        )
+    if info.get("aof_enabled") == "0":
+        raise UserError(
+            "Redis keeps no append-only file: a restart would forget every reservation. Set `appendonly yes` "
+            "and `appendfsync everysec` (or `always`)."
+        )
+    if info.get("maxmemory_policy", "noeviction") != "noeviction":
+        raise UserError(
+            f"Redis evicts keys when it is full (maxmemory-policy {info['maxmemory_policy']}): an evicted "
+            "bucket would be credits forgotten. Set `maxmemory-policy noeviction`."
+        )
+    return [name for name in ("redis_version", "aof_enabled", "maxmemory_policy") if name not in info]
+
+
+async def _info(connection: AbstractConnection, section: str) -> dict[str, str]:
+    await connection.send_command("INFO", section, check_health=False)
+    text: bytes = await connection.read_response(disable_decoding=True)
+    lines = (line.partition(":") for line in text.decode(errors="replace").splitlines() if ":" in line)
+    return {name: value for name, _, value in lines}

@@ -1,0 +1,128 @@
+"""`CreditBuckets` and a server that is killed, restarted, frozen or set up wrongly."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+from tests.valkey import open_buckets, scripts_of, valkey
+
+from meterline.domain.clients import QuotaPolicy
+from meterline.errors import UserError
+from meterline.quota import CreditBuckets, QuotaUnavailable
+from meterline.quota.keys import SHARDS
+
+M = 1_000_000
+NAMESPACE = "library"
+
+
+def policy(client_id):
+    return QuotaPolicy.ALLOW if client_id == "trusted" else QuotaPolicy.DENY
+
+
+async def until_decided(buckets, client_id, reservation_id):
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                return await buckets.reserve(client_id, 1, reservation_id=reservation_id)
+            except QuotaUnavailable:
+                await asyncio.sleep(0.02)
+
+
+def test_a_restarted_server_is_not_believed_until_the_quota_app_says_so(tmp_path):
+    """Also under load, and though the data are there: what the last second held may be gone."""
+
+    async def scenario(server):
+        await open_buckets(server.url, NAMESPACE, [("acme", 1_000 * M)])
+        async with CreditBuckets.connect(server.url, namespace=NAMESPACE, timeout_ms=2_000) as buckets:
+            stop = asyncio.Event()
+
+            async def busy(name):
+                number = 0
+                while not stop.is_set():
+                    number += 1
+                    try:
+                        await buckets.reserve("acme", 1, reservation_id=f"{name}/{number}")
+                        await buckets.void(f"{name}/{number}")
+                    except QuotaUnavailable:
+                        await asyncio.sleep(0.005)
+
+            tasks = [asyncio.create_task(busy(f"task-{n}")) for n in range(8)]
+            await asyncio.sleep(0.3)
+            await asyncio.to_thread(server.kill)
+            await asyncio.to_thread(server.start)
+            async with asyncio.timeout(20):
+                while True:
+                    try:
+                        balance = await buckets.balance("acme")
+                        break
+                    except QuotaUnavailable:
+                        await asyncio.sleep(0.02)
+            assert (balance.is_open, balance.granted) == (False, 1_000)
+            with pytest.raises(QuotaUnavailable, match="rebuilt"):
+                await buckets.reserve("acme", 1, reservation_id="after")
+            stop.set()
+            await asyncio.gather(*tasks)
+
+            scripts = await scripts_of(server.url, NAMESPACE)
+            await scripts.on_shards(dict.fromkeys(range(SHARDS), ("adopt", 1)))
+            await scripts.client.aclose()
+            assert (await buckets.reserve("acme", 1, reservation_id="after")).covered
+
+    with valkey(tmp_path) as server:
+        asyncio.run(scenario(server))
+
+
+def test_a_server_that_does_not_answer_costs_its_time_and_then_none(tmp_path):
+    async def scenario(server):
+        await open_buckets(server.url, NAMESPACE, [("acme", 10 * M), ("trusted", 10 * M)])
+        connecting = CreditBuckets.connect(server.url, namespace=NAMESPACE, timeout_ms=500, policy=policy)
+        async with connecting as buckets:
+            assert (await until_decided(buckets, "acme", "before")).covered
+            server.freeze()
+            started = time.monotonic()
+            with pytest.raises(QuotaUnavailable, match="500 ms"):
+                await buckets.reserve("acme", 1, reservation_id="a/1")
+            assert 0.4 < time.monotonic() - started < 2
+            for number in range(2, 4):
+                assert not (await buckets.reserve("trusted", 1, reservation_id=f"t/{number}")).covered
+
+            started = time.monotonic()  # the breaker is open: nobody waits any more
+            for number in range(4, 100):
+                assert not (await buckets.reserve("trusted", 1, reservation_id=f"t/{number}")).covered
+            assert time.monotonic() - started < 0.5
+            server.thaw()
+            assert (await until_decided(buckets, "acme", "a/1")).covered
+            # Work that was allowed meanwhile is set aside from now on, as long as it runs.
+            await buckets.renew("t/5", 30)
+
+    with valkey(tmp_path) as server:
+        asyncio.run(scenario(server))
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [({"appendonly": "no"}, "append-only"), ({"maxmemory_policy": "allkeys-lru"}, "evicts")],
+)
+def test_a_server_that_may_forget_credits_is_refused(tmp_path, options, wrong):
+    async def scenario(server):
+        with pytest.raises(UserError, match=wrong):
+            async with CreditBuckets.connect(server.url):
+                pass
+
+    with valkey(tmp_path, **options) as server:
+        asyncio.run(scenario(server))
+
+
+def test_a_wrong_address_and_a_wrong_password_are_said_at_once(tmp_path):
+    async def refused(url):
+        with pytest.raises(UserError) as error:
+            async with CreditBuckets.connect(url):
+                pass
+        return str(error.value)
+
+    with valkey(tmp_path, requirepass="secret") as server:
+        wrong = server.url.replace("redis://", "redis://:guess@")
+        assert "refuses to let us in" in asyncio.run(refused(wrong))
+    assert "address" in asyncio.run(refused("http://example.org"))

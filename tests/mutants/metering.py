@@ -1,0 +1,389 @@
+"""Metering without one of its guards."""
+
+from __future__ import annotations
+
+from tests.mutants.mutant import Edit, Mutant
+
+__all__ = ["MUTANTS"]
+
+METER = "app/meterline/metering/meter.py"
+OWNER = "app/meterline/metering/owner.py"
+CHECKS = "app/meterline/metering/checks.py"
+ENGINE = "app/meterline/streaming/engine.py"
+TRANSACTIONS = "app/meterline/streaming/transactions.py"
+
+FUNCTION_OF_LOG = "tests/property/test_meter.py::test_everything_that_is_said_is_a_function_of_the_log"
+TOTALS_TRUE = "tests/property/test_meter.py::test_totals_and_progress_are_true_for_ever"
+METER_TESTS = "tests/unit/test_metering_meter.py"
+GUARDS = "tests/unit/test_guards_metering.py"
+CRASH_CREDITS = f"{GUARDS}::test_a_crash_at_any_write_changes_no_credit"
+CRASH_COUNTS = f"{GUARDS}::test_a_crash_at_any_write_counts_every_record_once"
+PROGRESS = f"{GUARDS}::test_no_progress_is_ahead_of_a_total"
+GROUP_OFFSET = f"{GUARDS}::test_the_groups_offset_decides_nothing"
+FENCING = "tests/integration/test_fencing.py"
+
+LEDGER_ROWS = r"model\.accepted\.items\(\)\} == worker\.ledger"
+DEAD = r"model\.dead == worker\.dead"
+WINDOWS = r"model\.windows\("
+TOTALS = r"model\.totals\("
+BOOKS = r"wrong == \{\}[\s\S]*(acme|accepted)"
+STACK_LIMIT_S = 400.0
+
+MUTANTS = [
+    Mutant(
+        name="dedupe",
+        removes="a copy within the horizon is no duplicate: a resent event is billed twice",
+        edits=[
+            Edit(
+                METER,
+                "        first = self.seen.find(identity, self._appended_at)\n",
+                "        first = None\n",
+            )
+        ],
+        tests=[FUNCTION_OF_LOG, CRASH_CREDITS],
+        speaks_of=f"{LEDGER_ROWS}|{BOOKS}",
+    ),
+    Mutant(
+        name="payload-check",
+        removes="same id, other payload passes for a duplicate: the conflict is swallowed",
+        edits=[Edit(METER, "            if first != digest:\n", "            if False:\n")],
+        tests=[FUNCTION_OF_LOG, CRASH_COUNTS],
+        speaks_of=f"{DEAD}|{BOOKS}",
+    ),
+    Mutant(
+        name="horizon-by-wall-of-the-copy",
+        removes="the horizon is counted from the copy's own append time: when a broker's clock steps back, "
+        "a restarted worker decides otherwise than the one before",
+        edits=[
+            Edit(
+                METER, "self.seen.find(identity, self._appended_at)", "self.seen.find(identity, appended_at)"
+            )
+        ],
+        tests=[
+            FUNCTION_OF_LOG,
+            f"{METER_TESTS}::test_a_broker_clock_that_steps_back_decides_the_same_after_a_restart",
+        ],
+        speaks_of=f"{LEDGER_ROWS}|_duplicates",
+    ),
+    Mutant(
+        name="own-rows-as-duplicates",
+        removes="the index is rebuilt from all rows, also those of a flush that did not commit: they swallow "
+        "themselves, and are never billed",
+        edits=[
+            Edit(
+                OWNER,
+                "                log.partition,\n                meta.applied_offset,\n                max(0",
+                "                log.partition,\n                2**62,\n                max(0",
+            )
+        ],
+        tests=[CRASH_CREDITS, CRASH_COUNTS],
+        speaks_of=BOOKS,
+    ),
+    Mutant(
+        name="insert-before-commit",
+        removes="rows are inserted after the commit: a crash in between loses them from the ledger for ever",
+        edits=[
+            Edit(
+                OWNER,
+                """        if flush.rows:
+            with FLUSH_STEP_SECONDS.labels("insert").time():
+                await self._tools.writer.insert(EVENTS, EVENT_COLUMNS, flush.rows)
+            reached(Step.ROWS_INSERTED)
+""",
+                "",
+            ),
+            Edit(
+                OWNER,
+                """        self._meter.committed(flush)
+        self._count(flush)
+""",
+                """        if flush.rows:
+            await self._tools.writer.insert(EVENTS, EVENT_COLUMNS, flush.rows)
+        self._meter.committed(flush)
+        self._count(flush)
+""",
+            ),
+        ],
+        tests=[CRASH_CREDITS],
+        speaks_of=BOOKS,
+    ),
+    Mutant(
+        name="first-meta-commit",
+        removes="no META before the first insert: after a crash the rows look like a lost changelog, and the "
+        "partition never counts again",
+        edits=[
+            Edit(
+                OWNER,
+                "            await commit(Commit([(meta_key(log.partition), meta.to_bytes())], [], "
+                "meta.applied_offset))\n",
+                "",
+            )
+        ],
+        tests=[CRASH_CREDITS],
+        speaks_of=BOOKS,
+    ),
+    Mutant(
+        name="meta-in-the-transaction",
+        removes="META is committed by itself, after the sums: a crash in between folds the records again",
+        edits=[
+            Edit(
+                OWNER,
+                "await self._commit(Commit(flush.changelog, outputs, flush.meta.applied_offset))\n",
+                "await self._commit(Commit(flush.changelog[:-1], outputs, flush.meta.applied_offset))\n"
+                "            meta = flush.changelog[-1:]\n"
+                "            await self._commit(Commit(meta, (), flush.meta.applied_offset))\n",
+            )
+        ],
+        tests=[CRASH_CREDITS, CRASH_COUNTS],
+        speaks_of=BOOKS,
+    ),
+    Mutant(
+        name="meta-kept-back",
+        removes="a flush commits sums without META: after a restart everything is folded again",
+        edits=[
+            Edit(
+                METER,
+                "        changelog.append((meta_key(self.partition), flush.meta.to_bytes()))\n",
+                "",
+            )
+        ],
+        tests=[CRASH_CREDITS, CRASH_COUNTS],
+        speaks_of=BOOKS,
+    ),
+    Mutant(
+        name="resume-behind-meta",
+        removes="records that the state accounts for are taken again when the group's offset is behind",
+        edits=[
+            Edit(
+                ENGINE,
+                "        if held is None or chunk.offset < held.next_offset:\n",
+                "        if held is None:\n",
+            ),
+            Edit(
+                ENGINE,
+                "        if records[0].offset < held.next_offset:\n",
+                "        if False:\n",
+            ),
+        ],
+        tests=[GROUP_OFFSET],
+        speaks_of=r"world\.(fates|owed)",
+    ),
+    Mutant(
+        name="resume-ahead-of-meta",
+        removes="records between META and a group's offset that is ahead are never counted",
+        edits=[
+            Edit(
+                ENGINE,
+                "        if chunk.first_offset > held.next_offset:\n",
+                "        if False:\n",
+            )
+        ],
+        tests=[GROUP_OFFSET],
+        speaks_of=r"world\.(fates|owed)",
+    ),
+    Mutant(
+        name="resume-from-the-group",
+        removes="the whole rule: Faust's committed offset says where to go on, META says nothing",
+        edits=[
+            Edit(
+                "app/meterline/streaming/consumer.py",
+                "        if wanted:\n            await self.seek_wait(wanted)\n",
+                "        if False:\n            await self.seek_wait(wanted)\n",
+            ),
+            Edit(
+                ENGINE,
+                "        if held is None or chunk.offset < held.next_offset:\n",
+                "        if held is None:\n",
+            ),
+            Edit(ENGINE, "        if chunk.first_offset > held.next_offset:\n", "        if False:\n"),
+            Edit(ENGINE, "        if records[0].offset < held.next_offset:\n", "        if False:\n"),
+        ],
+        tests=[GROUP_OFFSET],
+        speaks_of=r"world\.(fates|owed)",
+    ),
+    Mutant(
+        name="fencing",
+        removes="each producer has an id of its own, so that the broker refuses nobody: a stalled owner that "
+        "wakes up puts its old sums over the new ones",
+        edits=[
+            Edit(
+                TRANSACTIONS,
+                "            transactional_id=transactional_id,\n",
+                '            transactional_id=f"{transactional_id}-{id(self)}",\n',
+            )
+        ],
+        tests=[FENCING],
+        speaks_of=r"read_changelog.* == .*acme",
+        limit_s=STACK_LIMIT_S,
+    ),
+    Mutant(
+        name="uncommitted-state",
+        removes="the changelog is read uncommitted: a flush that was aborted becomes state, its windows are "
+        "never published",
+        edits=[
+            Edit(
+                "app/meterline/streaming/changelog.py",
+                '"isolation.level": "read_committed"',
+                '"isolation.level": "read_uncommitted"',
+            )
+        ],
+        tests=[FENCING],
+        speaks_of=r"asyncio\.run.* == .*acme",
+        limit_s=STACK_LIMIT_S,
+    ),
+    Mutant(
+        name="topic-id-check",
+        removes="a re-created topic is taken for the old one: its first records are skipped, the rest is "
+        "billed under the old name",
+        edits=[
+            Edit(CHECKS, "    if meta.topic_id != log.topic_id:\n", "    if False:\n"),
+        ],
+        tests=[f"{GUARDS}::test_nothing_of_a_recreated_topic_is_counted_under_the_old_state"],
+        speaks_of=r"world\.books\(\) == before",
+    ),
+    Mutant(
+        name="late-snapshot",
+        removes="a window that was published is never published again: late events stay off the bill",
+        edits=[
+            Edit(
+                METER,
+                "if window.published_cutoff < 0 or not self._is_fresh(start, client, now_ms):\n",
+                "if window.published_cutoff < 0:\n",
+            )
+        ],
+        tests=[FUNCTION_OF_LOG, CRASH_CREDITS],
+        speaks_of=f"{WINDOWS}|{BOOKS}",
+    ),
+    Mutant(
+        name="late-snapshot-after-a-crash",
+        removes="the state doesn't tell that a published window has changed: a crash before its late one "
+        "keeps the credits off the bill",
+        edits=[
+            Edit(
+                METER,
+                "            if window.last_offset > window.published_cutoff:\n"
+                "                self._unpublished.setdefault(start, set()).add(client)\n"
+                "\n    def adopt",
+                "            if window.published_cutoff < 0:\n"
+                "                self._unpublished.setdefault(start, set()).add(client)\n"
+                "\n    def adopt",
+            )
+        ],
+        tests=[
+            FUNCTION_OF_LOG,
+            CRASH_CREDITS,
+            f"{METER_TESTS}::test_a_late_snapshot_that_is_due_survives_a_crash",
+        ],
+        speaks_of=f"{WINDOWS}|{BOOKS}|partition\\.said",
+    ),
+    Mutant(
+        name="past-of-an-evicted-window",
+        removes="a late event's window is published without what memory has forgotten: the bill shrinks",
+        edits=[
+            Edit(
+                METER,
+                "            window.lacks_past = start + self._length <= self.watermark\n",
+                "            window.lacks_past = False\n",
+            )
+        ],
+        tests=[FUNCTION_OF_LOG, CRASH_CREDITS],
+        speaks_of=f"{WINDOWS}|{BOOKS}",
+    ),
+    Mutant(
+        name="idle-watermark",
+        removes="wall time never closes a window: credits before a pause are not billed until more come",
+        edits=[
+            Edit(
+                METER,
+                "        self.watermark = max(self.watermark, to)\n",
+                "        del to\n",
+            )
+        ],
+        tests=[
+            FUNCTION_OF_LOG,
+            CRASH_CREDITS,
+            f"{METER_TESTS}::test_wall_time_closes_a_window_when_nothing_is_pending",
+        ],
+        speaks_of=f"{WINDOWS}|{BOOKS}|s\\.cutoff_offset",
+    ),
+    Mutant(
+        name="event-of-the-future",
+        removes="an event far ahead is accepted: it moves the watermark, and closes every window",
+        edits=[
+            Edit(
+                "app/meterline/domain/events.py",
+                "    if event.occurred_at > appended_at + FUTURE_MAX_MS:\n",
+                "    if False:\n",
+            )
+        ],
+        tests=[FUNCTION_OF_LOG],
+        speaks_of=f"{LEDGER_ROWS}|{DEAD}",
+    ),
+    Mutant(
+        name="totals-before-progress",
+        removes="the progress is written before its totals: a bucket drops what it holds too early",
+        edits=[
+            Edit(
+                OWNER,
+                "        outputs += [self._total_output(total) for total in flush.totals]\n",
+                "",
+            ),
+            Edit(
+                OWNER,
+                "            outputs.append(self._progress_output(flush.progress))"
+                "  # behind every total it speaks of\n",
+                "            outputs.append(self._progress_output(flush.progress))\n"
+                "        outputs += [self._total_output(total) for total in flush.totals]\n",
+            ),
+        ],
+        tests=[PROGRESS],
+        speaks_of=r"too_early == \{\}[\s\S]*acme",
+    ),
+    Mutant(
+        name="progress-beyond-an-unpublished-total",
+        removes="only the totals of the newest flush are published, the progress passes the others",
+        edits=[
+            Edit(
+                METER,
+                "            for client in sorted(self._unpublished_totals)\n",
+                "            for client in sorted(self._changed_totals)\n",
+            )
+        ],
+        tests=[TOTALS_TRUE, PROGRESS],
+        speaks_of=f"{TOTALS}|too_early == ",
+    ),
+    Mutant(
+        name="unpublished-totals-after-a-crash",
+        removes="a restart forgets which totals are unpublished, and its progress passes them",
+        edits=[
+            Edit(
+                METER,
+                "                if total.last_offset > self.meta.published_until:\n",
+                "                if False:\n",
+            )
+        ],
+        tests=[TOTALS_TRUE, PROGRESS],
+        speaks_of=f"{TOTALS}|too_early == ",
+    ),
+    Mutant(
+        name="progress-time-of-the-newest-record",
+        removes="the log's clock passes records that may still come with the same append time: their holds "
+        "expire before they are counted",
+        edits=[
+            Edit(
+                METER,
+                "self._caught_up_until, self._appended_at - 1)",
+                "self._caught_up_until, self._appended_at)",
+            )
+        ],
+        tests=[TOTALS_TRUE],
+        speaks_of=r"timestamp > progress\.accounted_until",
+    ),
+    Mutant(
+        name="ledger-equals-state",
+        removes="a state unlike the ledger is gone on with: what is billed has no receipt",
+        edits=[Edit(CHECKS, "    if not different:\n", "    if True:\n")],
+        tests=["tests/unit/test_metering_state.py::test_a_window_that_differs_halts_with_both_amounts"],
+        speaks_of=r"PartitionHalted",
+    ),
+]

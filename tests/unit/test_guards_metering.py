@@ -1,0 +1,380 @@
+"""What guards each credit between log, ledger and state: a worker dies at any write, the sums agree.
+
+The real owner and the real engine; the log, the ledger, the changelog and the topics are a few dictionaries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, defaultdict
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+
+from meterline.contracts.codec import RecordCodec
+from meterline.contracts.records import event_to_record
+from meterline.domain.events import UsageEvent
+from meterline.domain.windows import SkuTotal
+from meterline.errors import PartitionHalted
+from meterline.metering import owner as owner_module
+from meterline.metering.owner import MeteringOwner, MeteringTools
+from meterline.metering.state import Meta, meta_key
+from meterline.settings import KafkaSettings, MeteringSettings
+from meterline.streaming import engine as engine_module
+from meterline.streaming.chunks import split_into_chunks
+from meterline.streaming.engine import Engine, EngineLimits
+from meterline.streaming.owner import LogRange
+
+LENGTH, START = 1_000, 1_700_000_000_000
+OPTIONS = MeteringSettings(
+    window_length_ms=LENGTH,
+    allowed_lateness_ms=0,
+    keep_closed_windows_ms=2_000,
+    late_snapshot_interval_ms=500,
+)
+CODECS = {
+    name: RecordCodec(name)
+    for name in ("usage-event", "usage-window", "usage-total", "usage-progress", "dead-letter")
+}
+TOTAL_KEY = b"17:meterline.total.1,"
+
+
+class Record(NamedTuple):
+    offset: int
+    timestamp: int
+    value: bytes
+    key: bytes = b""
+    headers: tuple = ()
+    topic: str = "usage.events"
+    partition: int = 0
+    timestamp_type: int = 1
+
+
+class Crash(BaseException):
+    """The worker is killed at a write."""
+
+
+class World:
+    """One partition: its log, what is durable, and what the clients owe."""
+
+    def __init__(self):
+        self.now = START
+        self.topic_id, self.log, self.accepted = "topic", [], {}
+        self.fates = Counter()
+        self.changelog, self.rows = {}, {}
+        self.windows, self.totals, self.too_early = {}, {}, []
+        self.writes, self.dies_at, self.halted = 0, None, ""
+
+    # -- the log
+
+    def append(self, client, credits_micro, event_id=None, *, ago=0, fate="accepted"):
+        """A record, and what must become of it."""
+        offset = len(self.log)
+        timestamp = START + 300 * offset
+        event = UsageEvent(event_id or f"e{offset}", client, "task", "gpu", credits_micro, timestamp - ago)
+        self.log.append(Record(offset, timestamp, CODECS["usage-event"].encode(event_to_record(event))))
+        self.fates[fate] += 1
+        if fate == "accepted":
+            self.accepted[offset] = (client, credits_micro)
+
+    def append_some(self):
+        for number in range(6):
+            self.append("acme", 1_000 + number)
+            self.append("other", 10 + number, ago=400)
+        self.append("acme", 1_002, "e4", fate="duplicates")
+        self.append("acme", 9_999, "e4", fate="dead_letters")
+        self.append("acme", 7, ago=2_500)
+        self.append("other", 3, ago=3_900)
+        self.append("acme", 1_000, "e0", ago=5_000, fate="duplicates")
+        self.append("acme", 11, ago=1_300)  # its window is published a moment ago, and kept
+        self.append("other", 13, ago=1_300)
+        self.append("other", 5)
+
+    def owed(self, until=2**63):
+        """What each client has used up to an offset: the log alone says it."""
+        owed = Counter()
+        for offset, (client, credits_micro) in self.accepted.items():
+            if offset <= until:
+                owed[client] += credits_micro
+        return dict(owed)
+
+    # -- what is durable
+
+    def write(self):
+        """Before and after each write: the places to die."""
+        self.writes += 1
+        if self.writes == self.dies_at:
+            raise Crash
+
+    async def insert(self, _, columns, data):
+        self.write()
+        for row in zip(*data, strict=True):
+            named = dict(zip(columns, row, strict=True))
+            self.rows[named["topic_id"], named["offset"]] = named
+        self.write()
+
+    async def commit(self, what):
+        self.write()
+        for key, value in what.changelog:
+            if value is None:
+                self.changelog.pop(key, None)
+            else:
+                self.changelog[key] = value
+        for output in what.outputs:
+            self._publish(output)
+        self.write()
+
+    def _publish(self, output):
+        if output.topic == "usage.windows":
+            said = CODECS["usage-window"].decode(output.value)
+            window = said["client_id"], said["window_start"]
+            credits_micro = sum(sku["credits_micro"] for sku in said["skus"])
+            self.windows[window] = max(
+                self.windows.get(window, (-1, 0)), (said["cutoff_offset"], credits_micro)
+            )
+        elif output.topic == "usage.totals" and output.key.startswith(TOTAL_KEY):
+            said = CODECS["usage-total"].decode(output.value)
+            self.totals[said["client_id"]] = said["credits_micro"]
+        elif output.topic == "usage.totals":
+            until = CODECS["usage-progress"].decode(output.value)["published_until"]
+            if self.totals != self.owed(until):
+                self.too_early.append((until, dict(self.totals), self.owed(until)))
+
+    # -- the ledger, asked
+
+    async def ask(self, question, *args):
+        return getattr(self, question.__name__)(*args)
+
+    def _rows(self, topic_id, until):
+        return [row for (topic, offset), row in self.rows.items() if topic == topic_id and offset <= until]
+
+    def partition_offsets(self, topic_id, _):
+        offsets = [offset for topic, offset in self.rows if topic == topic_id]
+        return (len(offsets), min(offsets), max(offsets)) if offsets else None
+
+    def dedupe_rows(self, topic_id, _, until, since):
+        rows = [row for row in self._rows(topic_id, until) if row["appended_at"] >= since]
+        names = ("identity_hash", "payload_digest", "appended_at")
+        return tuple([row[name] for row in rows] for name in names)
+
+    def kept_windows(self, topic_id, _, until, since, length):
+        sums = defaultdict(SkuTotal)
+        for row in self._rows(topic_id, until):
+            if row["occurred_at"] >= since:
+                total = sums[row["occurred_at"] // length * length, row["client_id"], row["sku"]]
+                total.count += 1
+                total.credits_micro += row["credits_micro"]
+        return dict(sums)
+
+    def window_sums(self, windows):
+        return [self._window_sum(ref, cutoff) for ref, cutoff in windows]
+
+    def _window_sum(self, ref, cutoff):
+        kept = self.kept_windows(ref.topic_id, 0, cutoff, ref.start, LENGTH)
+        wanted = (ref.start, ref.client_id)
+        return {sku: total for (start, client, sku), total in kept.items() if (start, client) == wanted}
+
+    # -- the worker
+
+    def tools(self):
+        return MeteringTools(
+            settings=OPTIONS,
+            writer=self,
+            reader=self,
+            events=CODECS["usage-event"],
+            windows=CODECS["usage-window"],
+            totals=CODECS["usage-total"],
+            progress=CODECS["usage-progress"],
+            dead_letters=CODECS["dead-letter"],
+            window_partitions=1,
+        )
+
+    def range(self):
+        return LogRange("cluster", "usage.events", self.topic_id, 0, 0, len(self.log))
+
+    async def _work(self, slice_length):
+        owner = MeteringOwner(0, self.tools())
+        position = await owner.restore(dict(self.changelog), self.range(), self.commit)
+        while records := self.log[position : position + slice_length]:
+            owner.feed(records)
+            position += len(records)
+            self.now += 400
+            await owner.flush()
+        owner.on_caught_up(START + 10**6)
+        owner.on_idle(START + 10**6)
+        for _ in range(3):
+            self.now += 5_000
+            await owner.flush()
+
+    def work(self, slice_length=3):
+        """One worker's life, to the end of the log or to its death."""
+        try:
+            asyncio.run(self._work(slice_length))
+        except Crash:
+            pass
+        except PartitionHalted as stop:
+            self.halted = str(stop)
+
+    def books(self):
+        """Credits by client: as the ledger's rows, the newest snapshots and the newest totals say."""
+        rows, windows = Counter(), Counter()
+        for row in self.rows.values():
+            rows[row["client_id"]] += row["credits_micro"]
+        for (client, _), (_, credits_micro) in self.windows.items():
+            windows[client] += credits_micro
+        return [dict(rows), dict(windows), self.totals]
+
+    def counted(self):
+        """What became of the offsets, as the committed counters say."""
+        counters = Meta.from_bytes(self.changelog[meta_key(0)]).counters
+        return {name: getattr(counters, name) for name in ("accepted", "duplicates", "dead_letters")}
+
+
+@pytest.fixture
+def new_world(monkeypatch):
+    """Makes worlds whose workers read the world's clock."""
+    current = SimpleNamespace(world=None)
+    clock = SimpleNamespace(time_ns=lambda: current.world.now * 1_000_000)
+    monkeypatch.setattr(owner_module, "time", clock)
+
+    def make():
+        current.world = World()
+        return current.world
+
+    return make
+
+
+def lives(new_world):
+    """A world for each write at which the first worker may die; the second one works to the end."""
+    undisturbed = new_world()
+    undisturbed.append_some()
+    undisturbed.work()
+    for dies_at in range(1, undisturbed.writes + 1):
+        world = new_world()
+        world.append_some()
+        world.dies_at = dies_at
+        world.work()
+        # Other flushes than before: what the dead one inserted and did not commit is cut anew.
+        world.work(slice_length=4)
+        yield dies_at, world
+
+
+def test_a_crash_at_any_write_changes_no_credit(new_world):
+    """Before or after the first meta record, an insert, a commit: ledger = windows = totals = the log."""
+    wrong = {
+        dies_at: (world.halted, world.books())
+        for dies_at, world in lives(new_world)
+        if world.books() != [world.owed()] * 3
+    }
+
+    assert wrong == {}
+
+
+def test_a_crash_at_any_write_counts_every_record_once(new_world):
+    """Accepted, duplicate or dead letter: each offset is one of them, in the committed counters."""
+    wrong = {
+        dies_at: world.counted()
+        for dies_at, world in lives(new_world)
+        if world.counted() != dict(world.fates)
+    }
+
+    assert wrong == {}
+
+
+def test_no_progress_is_ahead_of_a_total(new_world):
+    """When a reader sees it, the totals before it hold every credit up to its offset, in any crash."""
+    too_early = {dies_at: world.too_early for dies_at, world in lives(new_world) if world.too_early}
+
+    assert too_early == {}
+
+
+def test_nothing_of_a_recreated_topic_is_counted_under_the_old_state(new_world):
+    """Its first records would be skipped and the others billed under the old name: it counts none at all."""
+    world = new_world()
+    world.append_some()
+    world.work()
+    before = world.books()
+    world.topic_id, world.log = "topic-2", []
+    for _ in range(3):
+        world.append_some()
+
+    world.work()
+
+    assert world.books() == before
+    assert "re-created" in world.halted
+
+
+# -- the engine: where to read is what the state says
+
+
+class Consumer:
+    """Delivers to an engine from any offset, and goes where it is sent."""
+
+    def __init__(self, world, monkeypatch):
+        self.world, self.position = world, 0
+        monkeypatch.setattr(engine_module, "FencedProducer", lambda *_: FakeProducer(world))
+        monkeypatch.setattr(engine_module, "read_changelog", lambda *_: dict(world.changelog))
+        monkeypatch.setattr(engine_module, "read_log_ranges", lambda *_: {0: world.range()})
+
+    def seek(self, _, offset):
+        self.position = offset
+
+    def run(self, group_offset, end):
+        """A worker's life: Faust starts it at the group's offset and delivers to the given end."""
+        asyncio.run(self._run(group_offset, end))
+
+    async def _run(self, group_offset, end):
+        engine = Engine(
+            group="metering",
+            source_topic="usage.events",
+            changelog="changelog",
+            kafka=KafkaSettings(),
+            limits=EngineLimits(flush_interval_s=0.005, pending_max=10_000, idle_after_s=3_600),
+            make_owner=lambda partition: MeteringOwner(partition, self.world.tools()),
+            before_fencing=nothing,
+            apply_committed=lambda *_: None,
+            caught_up=lambda *_: None,
+            seek_soon=self.seek,
+        )
+        await engine.take_over({0})
+        self.position = group_offset
+        while self.position < end:
+            records = self.world.log[self.position : min(self.position + 5, end)]
+            (chunk,) = split_into_chunks(self.position, records)
+            self.position += len(records)
+            await engine.deliver(SimpleNamespace(value=chunk.value, ack=lambda: None))
+        for _ in range(200):
+            await asyncio.sleep(0.005)
+            if engine.applied_offset(0) == end - 1:
+                break
+        await engine.stop()
+
+
+class FakeProducer:
+    def __init__(self, world):
+        self.transact = world.commit
+
+    async def start(self):
+        """Nobody else is there to be fenced."""
+
+    async def stop(self):
+        """Nothing is held."""
+
+
+async def nothing():
+    """No ledger to wait for."""
+
+
+@pytest.mark.parametrize("group_offset", [0, 3, 6, 9, 12], ids="from {}".format)
+def test_the_groups_offset_decides_nothing(new_world, monkeypatch, group_offset):
+    """Behind the state, equal to it or ahead of it: every record is counted, and once."""
+    world = new_world()
+    world.append_some()
+    consumer = Consumer(world, monkeypatch)
+    consumer.run(0, 9)
+
+    consumer.run(group_offset, len(world.log))
+
+    assert dict(world.fates) == world.counted()
+    assert world.owed() == world.books()[0]
