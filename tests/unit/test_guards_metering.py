@@ -107,7 +107,8 @@ class World:
         if self.writes == self.dies_at:
             raise Crash
 
-    async def insert(self, _, columns, data):
+    async def insert(self, _, columns, data, block):
+        assert block is None, "the plain meter encodes nothing"
         self.write()
         for row in zip(*data, strict=True):
             named = dict(zip(columns, row, strict=True))

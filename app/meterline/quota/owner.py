@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -125,7 +125,7 @@ class QuotaOwner(PartitionOwner):
 
     # -- taking in
 
-    def feed(self, records: Sequence[SourceRecord]) -> None:
+    def feed(self, records: Iterable[SourceRecord]) -> None:
         """Take records in; they are decoded by the next flush, because a registry may have to be asked."""
         self._arrived.extend(records)
 
