@@ -72,7 +72,7 @@ def test_migrating_twice_is_harmless(database):
     again = apply_migrations(database)
 
     assert set(pending) == {"pending"}
-    assert len(first) == len(pending) == 4
+    assert len(first) == len(pending) == 5
     assert again == []
     assert {migration.state for migration in list_migrations(database)} == {"applied"}
 

@@ -85,9 +85,9 @@ MUTANTS = [
         edits=[
             Edit(
                 OWNER,
-                """        if flush.rows:
+                """        if flush.accepted:
             with FLUSH_STEP_SECONDS.labels("insert").time():
-                await self._tools.writer.insert(EVENTS, EVENT_COLUMNS, flush.rows)
+                await self._tools.writer.insert(EVENTS, EVENT_COLUMNS, flush.rows, flush.block)
             reached(Step.ROWS_INSERTED)
 """,
                 "",
@@ -97,8 +97,8 @@ MUTANTS = [
                 """        self._meter.committed(flush)
         self._count(flush)
 """,
-                """        if flush.rows:
-            await self._tools.writer.insert(EVENTS, EVENT_COLUMNS, flush.rows)
+                """        if flush.accepted:
+            await self._tools.writer.insert(EVENTS, EVENT_COLUMNS, flush.rows, flush.block)
         self._meter.committed(flush)
         self._count(flush)
 """,
@@ -161,8 +161,8 @@ MUTANTS = [
             ),
             Edit(
                 ENGINE,
-                "        if records[0].offset < held.next_offset:\n",
-                "        if False:\n",
+                "        elif records[0].offset < held.next_offset:\n",
+                "        elif False:\n",
             ),
         ],
         tests=[GROUP_OFFSET],
@@ -196,7 +196,7 @@ MUTANTS = [
                 "        if held is None:\n",
             ),
             Edit(ENGINE, "        if chunk.first_offset > held.next_offset:\n", "        if False:\n"),
-            Edit(ENGINE, "        if records[0].offset < held.next_offset:\n", "        if False:\n"),
+            Edit(ENGINE, "        elif records[0].offset < held.next_offset:\n", "        elif False:\n"),
         ],
         tests=[GROUP_OFFSET],
         speaks_of=r"world\.(fates|owed)",

@@ -11,7 +11,7 @@ MODEL = "app/meterline/domain/buckets.py"
 OWNER = "app/meterline/quota/owner.py"
 GENERATION = "app/meterline/quota/generation.py"
 ATTEMPT = "app/meterline/task/attempt.py"
-LEASES = "app/meterline/quota/leases.py"
+LEASES = "app/meterline/quota/lease.py"
 SPOOL = "app/meterline/task/spool.py"
 SEGMENTS = "app/meterline/task/segments.py"
 

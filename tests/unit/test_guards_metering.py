@@ -20,6 +20,7 @@ from meterline.errors import PartitionHalted
 from meterline.metering import owner as owner_module
 from meterline.metering.owner import MeteringOwner, MeteringTools
 from meterline.metering.state import Meta, meta_key
+from meterline.metering.worker import make_meter
 from meterline.settings import KafkaSettings, MeteringSettings
 from meterline.streaming import engine as engine_module
 from meterline.streaming.chunks import split_into_chunks
@@ -108,7 +109,7 @@ class World:
             raise Crash
 
     async def insert(self, _, columns, data, block):
-        assert block is None, "the plain meter encodes nothing"
+        assert block is None, "the plain meter makes none"
         self.write()
         for row in zip(*data, strict=True):
             named = dict(zip(columns, row, strict=True))
@@ -189,6 +190,7 @@ class World:
             progress=CODECS["usage-progress"],
             dead_letters=CODECS["dead-letter"],
             window_partitions=1,
+            make_meter=make_meter,
         )
 
     def range(self):

@@ -22,6 +22,7 @@ class Line:
 
     def __init__(self):
         self.calls = []
+        self.called = asyncio.Event()
         self.connections = 0
         self.loads = 0
         self.next = []
@@ -60,6 +61,7 @@ class Connection:
             digest, client_id, _ = head.decode().split(" ")
             call = (digest, client_id, operations.decode())
             self._line.calls.append(call)
+            self._line.called.set()
             self._unanswered.append(call)
 
     async def read_response(self, *, disable_decoding):
@@ -106,9 +108,9 @@ def test_calls_of_one_turn_travel_together_by_client_and_in_order():
 
 def test_calls_made_while_a_batch_is_under_way_are_collected():
     async def scenario(line, batcher):
-        line.answer_after_s = WINDOW_S / 4
+        line.answer_after_s = 0.3
         first = batcher.submit("a", '"1"')
-        await asyncio.sleep(0.0001)
+        await line.called.wait()
         others = [batcher.submit("a", f'"{n}"') for n in (2, 3)]
         await asyncio.sleep(0)
         others.append(batcher.submit("a", '"4"'))
@@ -116,7 +118,7 @@ def test_calls_made_while_a_batch_is_under_way_are_collected():
 
         assert [call[2] for call in line.calls] == ['["1"]', '["2","3","4"]']
 
-    run(scenario)
+    run(scenario, window_s=0.1, timeout_s=5.0)  # far apart, however late a busy machine wakes us
 
 
 def test_a_batch_is_bounded():

@@ -54,6 +54,7 @@ def test_growth_is_in_the_safe_order():
     assert {(step.action, step.live, step.wanted) for step in steps} == {(Action.GROW, "4", "8")}
     assert [step.topic for step in steps] == [
         "metering-state-changelog",
+        "quota-state-changelog",
         "usage.events.dlq",
         "usage.totals",
         "usage.events",
@@ -66,6 +67,7 @@ def test_followers_catch_up_with_a_source_that_somebody_grew():
 
     assert steps == {
         "metering-state-changelog": Action.GROW,
+        "quota-state-changelog": Action.GROW,
         "usage.events.dlq": Action.GROW,
         "usage.totals": Action.GROW,
         "usage.events": Action.DRIFT,

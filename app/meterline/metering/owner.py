@@ -17,7 +17,6 @@ from meterline.contracts.records import (
     total_to_record,
 )
 from meterline.contracts.topics import USAGE_EVENTS_DLQ, USAGE_TOTALS, USAGE_WINDOWS
-from meterline.domain.dedupe import DedupeIndex
 from meterline.domain.events import UsageEvent
 from meterline.domain.totals import UsageProgress, UsageTotal
 from meterline.domain.windows import WindowSnapshot
@@ -41,7 +40,7 @@ from meterline.settings import MeteringSettings
 from meterline.streaming.owner import Commit, CommitFn, LogRange, Output, PartitionOwner, SourceRecord
 from meterline.streaming.steps import Step, reached
 
-__all__ = ["MeteringOwner", "MeteringTools", "make_plain_meter"]
+__all__ = ["MeteringOwner", "MeteringTools"]
 
 log = get_logger(__name__)
 
@@ -50,13 +49,6 @@ FORMAT_WITHOUT_TOTALS = 1
 
 MakeMeter = Callable[[int, MeteringSettings, Callable[[bytes | None], UsageEvent], Meta], Meter]
 """A meter that has seen nothing, for a partition and where it stands."""
-
-
-def make_plain_meter(
-    partition: int, settings: MeteringSettings, decode: Callable[[bytes | None], UsageEvent], meta: Meta
-) -> Meter:
-    """The plain meter, which needs nothing but Python."""
-    return Meter(partition, settings, decode, meta, DedupeIndex(settings.dedupe_horizon_ms))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +64,7 @@ class MeteringTools:
     progress: RecordCodec
     dead_letters: RecordCodec
     window_partitions: int
-    make_meter: MakeMeter = make_plain_meter
+    make_meter: MakeMeter
 
 
 class MeteringOwner(PartitionOwner):

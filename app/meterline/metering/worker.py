@@ -12,12 +12,16 @@ from typing import Any
 
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.topics import USAGE_EVENTS, USAGE_EVENTS_DLQ, USAGE_TOTALS, USAGE_WINDOWS
+from meterline.domain.dedupe import DedupeIndex
+from meterline.domain.events import UsageEvent
 from meterline.errors import UserError
 from meterline.ledger.reader import LedgerReader
 from meterline.ledger.writer import LedgerWriter
 from meterline.metering.fast import load_fast_path
-from meterline.metering.owner import MeteringOwner, MeteringTools, make_plain_meter
-from meterline.settings import Settings, load_settings
+from meterline.metering.meter import Meter
+from meterline.metering.owner import MeteringOwner, MeteringTools
+from meterline.metering.state import Meta
+from meterline.settings import MeteringSettings, Settings, load_settings
 from meterline.streaming.app import WorkerApp, WorkerPlan, build_app
 from meterline.streaming.engine import EngineLimits
 from meterline.streaming.owner import PartitionOwner
@@ -55,7 +59,7 @@ def create_app(settings: Settings) -> WorkerApp:
             progress=RecordCodec("usage-progress", registry),
             dead_letters=RecordCodec("dead-letter", registry),
             window_partitions=counts[USAGE_WINDOWS],
-            make_meter=make_plain_meter
+            make_meter=make_meter
             if fast is None
             else partial(fast.make_meter, heads=partial(events.heads, 1)),
         )
@@ -83,6 +87,13 @@ def create_app(settings: Settings) -> WorkerApp:
         ),
         settings,
     )
+
+
+def make_meter(
+    partition: int, settings: MeteringSettings, decode: Callable[[bytes | None], UsageEvent], meta: Meta
+) -> Meter:
+    """The plain meter, which needs nothing but Python."""
+    return Meter(partition, settings, decode, meta, DedupeIndex(settings.dedupe_horizon_ms))
 
 
 def __getattr__(name: str) -> Any:
