@@ -359,3 +359,44 @@ def test_a_window_of_too_many_skus_is_refused_alike():
 
     assert plain == fast
     assert {reason for _, reason, _ in plain["dead"]} == {"too_many_skus"}
+
+
+@pytest.mark.parametrize(("age", "accepted"), [(HORIZON, 1), (HORIZON + 1, 2)])
+def test_the_edge_of_the_horizon_is_the_same(age, accepted):
+    """A copy that is exactly as old as the horizon is one; random times seldom meet that millisecond."""
+    event = UsageEvent("e", "a", "task", "x", 1, 0)
+    data = b"".join(
+        kafka_batches.batch(
+            FIRST + number, [(FIRST + number, at, None, encoded(event, CODEC.heads(1)[0], at), [])]
+        )
+        for number, at in enumerate((START, START + age))
+    )
+    sides = [Side(fast, MeteringSettings(dedupe_horizon_ms=HORIZON), first_state()) for fast in (False, True)]
+    for side in sides:
+        side.take(data, FIRST + 1)
+    plain, fast = (side.flush(START) for side in sides)
+
+    assert plain == fast
+    assert fast["counts"][0] == accepted
+
+
+def test_a_sum_near_its_limit_is_known_after_plain_records():
+    """Records that come one by one before the first batch must not pass for all that the sums hold."""
+    total = 2**63 - 1
+    event = UsageEvent("e0", "a", "task", "y", 1, 0)
+    data = b"".join(
+        kafka_batches.batch(
+            FIRST + number, [(FIRST + number, START, None, encoded(one, CODEC.heads(1)[0], START), [])]
+        )
+        for number, one in enumerate((event, event._replace(client_id="b", event_id="e1")))
+    )
+    sides = [
+        Side(fast, MeteringSettings(window_length_ms=LENGTH), first_state(total)) for fast in (False, True)
+    ]
+    for side in sides:
+        side.take(data, FIRST, in_batches=False)
+        side.take(data, FIRST + 1)
+    plain, fast = (side.flush(START) for side in sides)
+
+    assert plain == fast
+    assert [reason for _, reason, _ in fast["dead"]] == ["lifetime_total_out_of_range"]

@@ -212,20 +212,23 @@ class BatchMeter(Meter):
         """No sum is larger than `_largest_sum`, no window has more SKUs than `_widest`. Exact now and then,
         and grown by what comes in between.
         """  # noqa: D205
-        if self._largest_sum < 0 or self._largest_sum > INT64_MAX // 2:
+        if self._largest_sum == UNKNOWN or self._largest_sum > INT64_MAX // 2:
             sums = [total for window in self.windows.values() for total in window.skus.values()]
             sums += [total.sums for total in self._totals.values()]
             self._largest_sum = max(
                 (max(abs(s.credits_micro), abs(s.free_credits_micro)) for s in sums), default=0
             )
-        if self._widest < 0 or self._widest > SKUS_PER_WINDOW_MAX // 2:
+        if self._widest == UNKNOWN or self._widest > SKUS_PER_WINDOW_MAX // 2:
             self._widest = max((len(window.skus) for window in self.windows.values()), default=0)
 
     def _fold(self, event: UsageEvent, offset: int) -> None:
         super()._fold(event, offset)
-        self._largest_sum += abs(event.credits_micro)
-        start = window_start_of(event.occurred_at, self._length)
-        self._widest = max(self._widest, len(self.windows[start, event.client_id].skus))
+        # What is not known stays so: a small number in its place would pass for a bound.
+        if self._largest_sum != UNKNOWN:
+            self._largest_sum += abs(event.credits_micro)
+        if self._widest != UNKNOWN:
+            start = window_start_of(event.occurred_at, self._length)
+            self._widest = max(self._widest, len(self.windows[start, event.client_id].skus))
 
     # -- flush
 
