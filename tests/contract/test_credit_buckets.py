@@ -10,6 +10,7 @@ from decimal import Decimal
 import pytest
 from tests.valkey import TOPIC_ID, open_buckets, scripts_of, valkey
 
+from meterline.domain.buckets import parse_balance
 from meterline.domain.clients import QuotaPolicy
 from meterline.local.ports import HOST, free_ports
 from meterline.quota import (
@@ -17,6 +18,7 @@ from meterline.quota import (
     CreditsExhausted,
     FakeCreditBuckets,
     InvalidReservation,
+    LeasePlan,
     Part,
     QuotaUnavailable,
     Reservation,
@@ -372,6 +374,46 @@ def test_many_reservations_in_one_call_are_decided_one_by_one(world):
         assert amounts(await buckets.balance(CLIENT)) == (0, 25, 0, 75)
 
     run(world, scenario)
+
+
+def test_a_lease_tells_the_server_sums_and_the_books_are_exact(server, unique):
+    """Parts on three partitions in no order, each settle twice; then the log accounts one after the other."""
+    namespace = unique("sums")
+    plan = LeasePlan(calls_per_s=20, share_max=0.5, ttl_s=10, interval_ms=2)
+
+    async def settle_600(buckets):
+        for first in range(0, 600, 100):
+            wanted = [(f"t/{number}", 1) for number in range(first, first + 100)]
+            outcomes = await buckets.reserve_many(CLIENT, wanted)
+            assert all(isinstance(outcome, Reservation) for outcome in outcomes)
+            named = [
+                (rid, (Part(TOPIC_ID, n % 3, first + 99 - n, M // 2),)) for n, (rid, _) in enumerate(wanted)
+            ]
+            await buckets.settle_many(CLIENT, named)
+            await buckets.settle_many(CLIENT, named)
+
+    async def scenario():
+        await open_buckets(server.url, namespace, [(CLIENT, 1_000 * M)])
+        scripts = await scripts_of(server.url, namespace)
+        async with CreditBuckets.connect(server.url, namespace=namespace, leases=plan) as buckets:
+            await settle_600(buckets)
+        entries, stood = 0, []
+        for partition in range(3):
+            entries += await scripts.client.zcard(scripts.keys.provisional(TOPIC_ID, partition, CLIENT))
+            life = sum(M // 2 for number in range(600) if number % 100 % 3 == partition)
+            answers = await scripts.run_ops(CLIENT, [["b"], ["T", TOPIC_ID, partition, 1_000, life], ["b"]])
+            stood += [parse_balance(answer)[1:5] for answer in (answers[0], answers[2])]
+        await scripts.client.aclose()
+        return [[micro // M for micro in amounts] for amounts in stood], entries
+
+    stood, entries = asyncio.run(scenario())
+    assert [stood[0], *stood[1::2]] == [
+        [0, 300, 0, 700],
+        [102, 198, 0, 700],
+        [201, 99, 0, 700],
+        [300, 0, 0, 700],
+    ]
+    assert entries < 300
 
 
 @pytest.mark.parametrize(

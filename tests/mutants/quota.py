@@ -12,6 +12,7 @@ OWNER = "app/meterline/quota/owner.py"
 GENERATION = "app/meterline/quota/generation.py"
 ATTEMPT = "app/meterline/task/attempt.py"
 LEASES = "app/meterline/quota/lease.py"
+UNSTATED = "app/meterline/quota/unstated.py"
 SPOOL = "app/meterline/task/spool.py"
 SEGMENTS = "app/meterline/task/segments.py"
 
@@ -187,6 +188,13 @@ MUTANTS = [
         ],
         tests=[f"{LEASE_TESTS}::test_after_its_deadline_a_lease_decides_nothing"],
         speaks_of=r"lease\.take\([\s\S]*credits_micro=",
+    ),
+    Mutant(
+        name="q7-sums-at-the-last-offset",
+        removes="a sum of parts ends with its first event: the credits of the others are spent twice",
+        edits=[Edit(UNSTATED, "                if offset > found[0]:", "                if not found[1]:")],
+        tests=[f"{LEASE_TESTS}::test_a_statement_carries_one_part_for_each_partition"],
+        speaks_of=r"lease_statements",
     ),
     _lua(
         "q8-closed-buckets-grant-nothing",

@@ -258,7 +258,7 @@ def test_after_its_deadline_a_lease_decides_nothing(monkeypatch):
             patch.setattr(lease_module, "now_s", lambda: real() + 3_600)
 
             assert lease.take("late", M, 60.0) is None
-            assert lease.take_many([("late", M)], 60.0) == [None]
+            assert lease.take_many(["late"], [M], 60.0) == [None]
             with pytest.raises(Unreachable):
                 lease.renew(60.0)
         assert lease.take("in time", M, 60.0) is not None
@@ -376,5 +376,92 @@ def test_a_raise_never_travels_with_parts():
             if parts and rid == lease.reservation_id:
                 assert hold + sum(micro for *_, micro in parts) <= holds.get(rid, lease._share)
             holds[rid] = hold
+
+    run(scenario)
+
+
+def test_a_statement_carries_one_part_for_each_partition():
+    """The largest offset and the sum: the bucket keeps it until the log has accounted all of them."""
+
+    async def scenario(line, buckets):
+        lease = await heat(buckets)
+        await until(lambda: lease._waker is not None)
+        wanted = [(f"t/{number}", 2) for number in range(60)]
+        await buckets.reserve_many(CLIENT, wanted)
+        await buckets.reserve(CLIENT, 2, reservation_id="single")
+        named = [(rid, (Part(TOPIC_ID, n % 3, 200 - n, M),)) for n, (rid, _) in enumerate(wanted)]
+        await buckets.settle_many(CLIENT, named)
+        await buckets.settle("single", [Part(TOPIC_ID, 0, 150, M), Part(TOPIC_ID, 2, 300, 5 * M)])
+        await until(lambda: line.settled_micro() == 66 * M)
+
+        assert [op[4] for op in line.lease_statements() if op[4]] == [
+            [[TOPIC_ID, 0, 200, 21 * M], [TOPIC_ID, 1, 199, 20 * M], [TOPIC_ID, 2, 300, 25 * M]]
+        ]
+        line.bucket.total(TOPIC_ID, 2, 299, 20 * M)
+        assert line.bucket.available < 10_000 * M - 66 * M  # for a moment, too little
+        line.bucket.total(TOPIC_ID, 2, 300, 25 * M)
+        assert line.settled_micro() == 41 * M
+
+    line = run(scenario)
+    assert (line.bucket.reserved, line.bucket.available) == (0, 9_934 * M)
+
+
+def test_more_partitions_than_one_statement_takes_are_told_in_several():
+    partitions = lease_module.STATEMENT_PARTS_MAX + 500
+
+    async def scenario(line, buckets):
+        await heat(buckets)
+        await buckets.reserve(CLIENT, 30, reservation_id="wide")
+        for first in range(0, partitions, 500):
+            named = [Part(TOPIC_ID, n, n, 20_000) for n in range(first, first + 500)]
+            await buckets.settle("wide", named, final=first + 500 == partitions)
+        await until(lambda: line.settled_micro() == partitions * 20_000)
+
+        assert max(len(op[4]) for op in line.lease_statements()) == lease_module.STATEMENT_PARTS_MAX
+
+    line = run(scenario)
+    assert line.debt == 0
+    assert line.bucket.reserved == 0
+    assert line.bucket.available == 10_000 * M - partitions * 20_000
+
+
+def test_a_settle_that_is_repeated_counts_once_also_in_a_sum():
+    async def scenario(line, buckets):
+        lease = await heat(buckets)
+        for name in ("whole", "in pieces", "lapsed"):
+            await buckets.reserve(CLIENT, 9, reservation_id=name)
+        await buckets.settle("in pieces", [part(1)], final=False)
+        await buckets.settle("lapsed", [part(2)], final=False)
+        await buckets.settle("in pieces", [part(1), part(3)])
+        await buckets.settle("whole", [part(4), part(5)])
+        await until(lambda: line.settled_micro() == 5 * M)
+        line.bucket.records[lease.reservation_id].state = "expired"
+        lease.wake()
+        await until(lambda: CLIENT not in buckets._leases.active)
+
+        await buckets.settle("in pieces", [part(1)], client_id=CLIENT)
+        await buckets.settle("in pieces", [part(1), part(3)], client_id=CLIENT)
+        await buckets.settle("whole", [part(4), part(5)], client_id=CLIENT)
+        await buckets.settle_many(CLIENT, [("whole", (part(4), part(5))), ("lapsed", [part(2)])])
+        assert line.settled_micro() == 5 * M
+        await buckets.settle("whole", [part(6)], client_id=CLIENT)
+        assert line.settled_micro() == 6 * M
+
+    run(scenario)
+
+
+def test_a_bulk_settle_leaves_what_another_lease_holds():
+    async def scenario(_line, buckets):
+        lease = await heat(buckets)
+        await buckets.reserve(CLIENT, 1, reservation_id="ours")
+        another = object()
+        buckets._leases.held["theirs"] = (another, 7)
+
+        assert lease.settle_many(["theirs", "ours", "nobody's"], [(part(1),), (part(2),), (part(3),)]) == [
+            0,
+            2,
+        ]
+        assert buckets._leases.held.pop("theirs") == (another, 7)
+        assert (lease.decided, lease.unstated.micro) == (0, M)
 
     run(scenario)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import chain
 from typing import Final, NamedTuple
 
 from meterline.domain.credits import CREDITS_MICRO_MAX, MICRO, to_micro
@@ -198,12 +199,12 @@ def ttl_ms_of(ttl_s: float) -> int:
 
 
 def parts_checked(parts: Iterable[Part]) -> Sequence[Part]:
-    """The parts, if a bucket can hold them.
+    """The parts, if a bucket can hold them; the caller may change his own list afterwards.
 
     Raises:
         InvalidReservation: too many, or one of them is no position with an amount.
     """
-    checked = parts if isinstance(parts, list | tuple) else list(parts)
+    checked = tuple(parts)
     if len(checked) > PARTS_MAX:
         raise InvalidReservation(
             f"{len(checked)} parts in one call; name at most {PARTS_MAX}, the rest in another"
@@ -231,50 +232,60 @@ def parts_checked(parts: Iterable[Part]) -> Sequence[Part]:
     return checked
 
 
-def wanted_checked(wanted: Iterable[tuple[str, Credits]]) -> list[tuple[str, int]]:
-    """Ids and micro-credits of many reservations.
+def wanted_checked(wanted: Iterable[tuple[str, Credits]]) -> tuple[Sequence[str], Sequence[int]]:
+    """Ids and micro-credits of many reservations, looked at by columns: one by one takes five times as long.
 
     Raises:
         InvalidReservation: as `id_checked` and `micro_of`.
     """
-    asked = [
-        (
-            name,
-            amount * MICRO if type(amount) is int and 0 < amount <= WHOLE_CREDITS_MAX else micro_of(amount),
-        )
-        for name, amount in wanted
-    ]
-    for name, _ in asked:
-        if type(name) is not str or not name or len(name) > _SURELY_SHORT or not name.isascii():
+    asked = list(wanted)
+    if not asked:
+        return (), ()
+    names, amounts = zip(*asked, strict=True)
+    if set(map(type, amounts)) == {int} and min(amounts) > 0 and max(amounts) <= WHOLE_CREDITS_MAX:
+        micros = [amount * MICRO for amount in amounts]
+    else:
+        micros = list(map(micro_of, amounts))
+    if not (
+        set(map(type, names)) == {str}
+        and min(map(len, names)) > 0
+        and max(map(len, names)) <= _SURELY_SHORT
+        and "".join(names).isascii()
+    ):
+        for name in names:
             id_checked("reservation_id", name)
-    return asked
+    return names, micros
 
 
-def settled_checked(settled: Iterable[tuple[str, Iterable[Part]]]) -> list[tuple[str, Sequence[Part]]]:
-    """Parts of many reservations. Looked at by columns: one by one takes five times as long.
+def settled_checked(
+    settled: Iterable[tuple[str, Iterable[Part]]],
+) -> tuple[Sequence[str], Sequence[Sequence[Part]]]:
+    """Ids and parts of many reservations, by columns, too.
 
     Raises:
         InvalidReservation: as `parts_checked`.
     """
-    named: list[tuple[str, Sequence[Part]]] = [
-        (name, parts if type(parts) is tuple and len(parts) == 1 else parts_checked(parts))
-        for name, parts in settled
-    ]
-    usual = [parts[0] for _, parts in named if len(parts) == 1]
-    if usual:
-        topics, partitions, offsets, amounts = zip(*usual, strict=True)
-        numbers = (*partitions, *offsets, *amounts)
+    ended = list(settled)
+    if not ended:
+        return (), ()
+    names, named = zip(*ended, strict=True)
+    if set(map(type, named)) != {tuple} or max(map(len, named)) > PARTS_MAX:
+        return names, list(map(parts_checked, named))
+    if parts := list(chain.from_iterable(named)):
+        topics, partitions, offsets, amounts = zip(*parts, strict=True)
         if not (
             _topics.issuperset(topics)
-            and set(map(type, numbers)) == {int}
-            and min(numbers) >= 0
+            and set(map(type, partitions)) == set(map(type, offsets)) == set(map(type, amounts)) == {int}
+            and min(partitions) >= 0
+            and min(offsets) >= 0
+            and min(amounts) >= 0
             and max(partitions) <= PARTITION_MAX
             and max(offsets) <= OFFSET_MAX
             and max(amounts) <= CREDITS_MICRO_MAX
         ):
-            for part in usual:
-                parts_checked((part,))
-    return named
+            for some in named:
+                parts_checked(some)
+    return names, named
 
 
 def _require_topic(part: Part, topic_id: str) -> None:

@@ -99,7 +99,8 @@ class CreditBuckets:
         self._submit = batcher.submit
         self._policy = policy
         self._known: dict[str, Reservation] = {}
-        self._settled, self._voided = Ended(), Ended()
+        self._settled: Ended[str] = Ended()
+        self._voided: Ended[str] = Ended()
         self._leases = (
             Leases(batcher.submit_first, plan, self._known, self._settled, self._voided)
             if plan is not None
@@ -224,9 +225,10 @@ class CreditBuckets:
         if self._leases is not None and (held := self._leases.held.get(reservation_id)) is not None:
             lease, left = held
             lease.settle(reservation_id, left, named, final=final)
-            await lease.room()
             return
         owner = self._client_of(reservation_id, client_id)
+        if self._leases is not None:
+            named = self._leases.not_told(reservation_id, named)
         op = operations.settle(reservation_id, named, final=final)
         self._require_ok(await self._ask(owner, op))
         if final:
@@ -313,30 +315,31 @@ class CreditBuckets:
         Raises:
             InvalidReservation: one of them can never be accepted. None was made.
         """
-        asked = wanted_checked(wanted)
+        names, amounts = wanted_checked(wanted)
         leases = self._leases
         lease = None
-        if leases is not None and asked:
+        if leases is not None and names:
             lease = leases.active.get(client_id)
             if lease is None:
-                leases.note(client_id, asked[0][1], len(asked))
+                leases.note(client_id, amounts[0], len(names))
                 if opening := leases.opening.get(client_id):
                     await asyncio.shield(opening)
                     lease = leases.active.get(client_id)
         if leases is None or lease is None:
-            return await self._reserve_all_at_server(client_id, asked, ttl_s)
+            return await self._reserve_all_at_server(client_id, names, amounts, ttl_s)
         if leases.turn_is_long():
             await asyncio.sleep(0)
-        outcomes = lease.take_many(asked, ttl_s)
-        if None in outcomes:
-            missing = [index for index, outcome in enumerate(outcomes) if outcome is None]
+        outcomes = lease.take_many(names, amounts, ttl_s)
+        if missing := _undecided_of(outcomes):
             await lease.refill()
-            left = [asked[index] for index in missing]
-            taken = lease.take_many(left, ttl_s)
-            at_server = [request for request, outcome in zip(left, taken, strict=True) if outcome is None]
-            decided = iter(await self._reserve_all_at_server(client_id, at_server, ttl_s))
-            for index, outcome in zip(missing, taken, strict=True):
-                outcomes[index] = next(decided) if outcome is None else outcome
+            left = [names[place] for place in missing], [amounts[place] for place in missing]
+            for place, taken in zip(missing, lease.take_many(*left, ttl_s), strict=True):
+                outcomes[place] = taken
+        if missing := _undecided_of(outcomes):
+            left = [names[place] for place in missing], [amounts[place] for place in missing]
+            decided = await self._reserve_all_at_server(client_id, *left, ttl_s)
+            for place, outcome in zip(missing, decided, strict=True):
+                outcomes[place] = outcome
         return cast("list[Outcome]", outcomes)
 
     async def settle_many(
@@ -348,14 +351,13 @@ class CreditBuckets:
             QuotaUnavailable: some were not recorded (or not known to be); the same call again is safe.
             InvalidReservation: one of them can never be accepted.
         """
-        left = settled_checked(settled)
+        names, named = settled_checked(settled)
+        left: Sequence[int] = range(len(names))
         if self._leases is not None and final and (lease := self._leases.active.get(client_id)) is not None:
-            left = lease.settle_many(left)
-            await lease.room()
-        calls = [
-            self.settle(reservation_id, parts, final=final, client_id=client_id)
-            for reservation_id, parts in left
-        ]
+            left = lease.settle_many(names, named)
+        if not left:
+            return
+        calls = [self.settle(names[place], named[place], final=final, client_id=client_id) for place in left]
         for result in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
@@ -387,17 +389,17 @@ class CreditBuckets:
         return self._decided(answer, client_id, micro, reservation_id, ttl_s)
 
     async def _reserve_all_at_server(
-        self, client_id: str, asked: Sequence[tuple[str, int]], ttl_s: float
+        self, client_id: str, names: Sequence[str], amounts: Sequence[int], ttl_s: float
     ) -> list[Outcome]:
         waiting: list[asyncio.Future[bytes] | Outcome] = []
-        for reservation_id, micro in asked:
+        for reservation_id, micro in zip(names, amounts, strict=True):
             op = self._asked(client_id, micro, reservation_id, ttl_s)
             try:
                 waiting.append(self._submit(client_id, op) if isinstance(op, str) else op)
             except Unreachable as error:
                 waiting.append(self._undecided(client_id, micro, reservation_id, ttl_s, str(error)))
         outcomes: list[Outcome] = []
-        for (reservation_id, micro), answer in zip(asked, waiting, strict=True):
+        for reservation_id, micro, answer in zip(names, amounts, waiting, strict=True):
             if not isinstance(answer, asyncio.Future):
                 outcomes.append(answer)
                 continue
@@ -490,7 +492,7 @@ class CreditBuckets:
         known = self._known.get(reservation_id)
         if known is not None:
             return known.client_id
-        found = self._settled.client_of(reservation_id) or self._voided.client_of(reservation_id)
+        found = self._settled.of(reservation_id) or self._voided.of(reservation_id)
         if found is None:
             raise InvalidReservation(
                 f"reservation {reservation_id!r} is not known in this process: name its client_id"
@@ -544,6 +546,13 @@ class Connecting:
         if self._thread is not None and self._buckets is not None:
             self._thread.run(self._buckets.close())
             self._thread.stop()
+
+
+def _undecided_of(outcomes: Sequence[Outcome | None]) -> list[int]:
+    """The places of those a lease could not decide."""
+    if None not in outcomes:
+        return []
+    return [place for place, outcome in enumerate(outcomes) if outcome is None]
 
 
 def _said(answer: bytes) -> str:

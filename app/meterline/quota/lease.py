@@ -6,6 +6,8 @@ of which says everything: how much it still needs, and which parts were settled 
 
 * A statement is absolute, has a number, and one at a time is on its way, repeated unchanged until it is
   answered: a copy that arrives late or twice changes nothing.
+* Parts are stated as one sum for each source partition, at the largest offset (`Unstated`): what is left of
+  it is provisional until the log has got there: the bucket may count too much for a moment, never too little.
 * What is given back is no longer decided from, *before* the statement leaves.
 * A statement that carries parts never raises the lease, one that raises it carries none: a refused raise
   leaves the hold as it was, parts included, and their credits would be counted as free again.
@@ -27,6 +29,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import repeat
 from math import ceil
 from typing import TYPE_CHECKING, Final
 
@@ -37,16 +40,15 @@ from meterline.quota import operations
 from meterline.quota.answers import TTL_S_MAX, Outcome, Part, Reservation
 from meterline.quota.availability import Unreachable
 from meterline.quota.errors import ReservationConflict, ReservationLapsed
+from meterline.quota.unstated import Unstated
 
 if TYPE_CHECKING:
     from meterline.quota.leases import Leases
 
 __all__ = ["ROOM_SHARE", "SMALL", "Lease", "LeasePlan", "Submit", "now_s"]
 
-PARTS_WAITING_MAX: Final = 8_000
-"""Settled parts that wait for a statement. At this limit settle waits for Redis."""
 STATEMENT_PARTS_MAX: Final = 2_000
-"""Of one statement, about 6 ms of the server's time. So many don't wait for the interval."""
+"""Of one statement, about 6 ms of the server's time. More only where there are more partitions."""
 RETRY_PAUSE_S: Final = 0.05
 ROOM_SHARE: Final = 8
 """A lease takes at most this fraction of what is left, so that several processes find some."""
@@ -96,12 +98,12 @@ class LeasePlan:
 class Lease:
     """Credits of one client that this process decides about.
 
-    `free + decided + unstated` is what the bucket holds for it, as far as this process knows.
+    `free + decided + unstated.micro` is what the bucket holds for it, as far as this process knows.
 
     Attributes:
         free: can be decided; micro-credits, as all amounts here. Below zero after the bucket gave less.
         decided: reserved by work that has not ended.
-        unstated: settled by parts that no statement has named yet.
+        unstated: parts that were settled and that no statement has named yet.
         deadline: by `now_s`: nothing is decided after it.
     """
 
@@ -130,15 +132,13 @@ class Lease:
         self.generation = balance.generation
         self.free = micro
         self.decided = 0
-        self.unstated = 0
+        self.unstated = Unstated()
         self.deadline = deadline
         self.is_retired = False
         self._leases = leases
         self._held = leases.held
         self._plan = leases.plan
         self._loop = asyncio.get_running_loop()
-        self._parts: list[Part] = []
-        self._covers: list[int] = []
         self._seq = 0
         self._ttl_s = leases.plan.ttl_s
         self._live_until = 0.0
@@ -154,7 +154,6 @@ class Lease:
         self._waker: asyncio.Future[None] | None = None
         self._is_woken = False
         self._returned: asyncio.Future[None] = self._loop.create_future()
-        self._room: asyncio.Future[None] | None = None
         self._refilled: asyncio.Future[None] | None = None
 
     def take(self, reservation_id: str, micro: int, ttl_s: float) -> Reservation | None:
@@ -189,38 +188,46 @@ class Lease:
             Reservation, (reservation_id, self.client_id, micro, ttl_s, self.generation, False, True)
         )
 
-    def take_many(self, asked: Sequence[tuple[str, int]], ttl_s: float) -> list[Outcome | None]:
+    def take_many(self, names: Sequence[str], amounts: Sequence[int], ttl_s: float) -> list[Outcome | None]:
         """`take` for many; a conflict is an outcome here.
 
-        Where all of them are new and fit, which is nearly always, that is seen by whole sets: it is why there
-        is a bulk call.
+        Where all of them are new and fit, which is nearly always, that is seen by whole sets, and the books
+        are written by columns, without a line of Python for each: it is why there is a bulk call.
         """
         now = now_s()
-        wanted = sum([micro for _, micro in asked])
-        names = {name for name, _ in asked}
+        wanted = sum(amounts)
+        different = set(names)
         if (
             wanted > self.free
             or now >= self.deadline
-            or len(names) < len(asked)
-            or self._leases.knows_any(names)
+            or len(different) < len(names)
+            or self._leases.knows_any(different)
         ):
-            return [self._take_or_why_not(name, micro, ttl_s) for name, micro in asked]
+            return [
+                self._take_or_why_not(name, micro, ttl_s) for name, micro in zip(names, amounts, strict=True)
+            ]
         self.free -= wanted
         self.decided += wanted
         self._spent += wanted
-        self._takes += len(asked)
+        self._takes += len(names)
         ends = now + ttl_s
         self._live_until = max(self._live_until, ends)
         if self.free < self._low or ends > self.deadline:
-            self._request = wanted // max(1, len(asked))
+            self._request = wanted // max(1, len(names))
             self._ttl_s = max(self._ttl_s, ttl_s)
             self.wake()
-        self._held.update({name: (self, micro) for name, micro in asked})
-        client_id, generation = self.client_id, self.generation
-        return [
-            _new_reservation(Reservation, (name, client_id, micro, ttl_s, generation, False, True))
-            for name, micro in asked
-        ]
+        self._held.update(zip(names, zip(repeat(self), amounts, strict=False), strict=True))
+        fields = zip(
+            names,
+            repeat(self.client_id),
+            amounts,
+            repeat(ttl_s),
+            repeat(self.generation),
+            repeat(False),  # noqa: FBT003 - done
+            repeat(True),  # noqa: FBT003 - covered
+            strict=False,  # repeat() has no end
+        )
+        return list(map(_new_reservation, repeat(Reservation), fields))
 
     def _take_or_why_not(self, reservation_id: str, micro: int, ttl_s: float) -> Outcome | None:
         try:
@@ -228,68 +235,57 @@ class Lease:
         except (ReservationConflict, ReservationLapsed) as error:
             return error
 
-    def settle_many(self, settled: Sequence[tuple[str, Sequence[Part]]]) -> list[tuple[str, Sequence[Part]]]:
+    def settle_many(self, names: Sequence[str], settled: Sequence[Sequence[Part]]) -> Sequence[int]:
         """`settle`, final, for many, whose parts were checked.
 
         Returns:
-            Those that are not of this lease, or need a closer look.
+            Which of them are not of this lease, or need a closer look, by their place.
         """
-        others: list[tuple[str, Sequence[Part]]] = []
         if self._leases.partly:
-            return list(settled)
-        held, note = self._held, self._leases.settled
-        ended, kept, covers = note.newer, self._parts, self._covers
-        if not kept:
-            self._loop.call_later(self._plan.interval_ms / 1_000, self.wake)
-        client_id = self.client_id
-        decided = unstated = 0
-        for reservation_id, parts in settled:
-            holder, micro = held.pop(reservation_id, NOBODYS)
-            if holder is not self:
+            return range(len(names))
+        hashes = list(map(hash, settled))
+        held = self._held
+        ended = list(map(held.pop, names, repeat(NOBODYS)))
+        others = [place for place, (holder, _) in enumerate(ended) if holder is not self]
+        if others:
+            own = [place for place, (holder, _) in enumerate(ended) if holder is self]
+            for place in others:
+                holder, micro = ended[place]
                 if holder is not None:
-                    held[reservation_id] = (holder, micro)
-                others.append((reservation_id, parts))
-                continue
-            ended[reservation_id] = client_id
-            decided += micro
-            for part in parts:
-                cover = part[3]
-                cover = min(cover, micro)
-                micro -= cover
-                unstated += cover
-                kept.append(part)
-                covers.append(cover)
+                    held[names[place]] = (holder, micro)
+            names, settled = [names[place] for place in own], [settled[place] for place in own]
+            ended, hashes = [ended[place] for place in own], [hashes[place] for place in own]
+        holds = [micro for _, micro in ended]
+        self._state_soon()
+        used = self.unstated.add(settled, holds)
+        decided = sum(holds)
         self.decided -= decided
-        self.unstated += unstated
-        self.free += decided - unstated
-        note.trim()
-        if len(kept) >= STATEMENT_PARTS_MAX:
-            self.wake()
+        self.free += decided - used
+        self._leases.note_settled(self.client_id, names, hashes)
         return others
 
     def settle(self, reservation_id: str, micro: int, parts: Sequence[Part], *, final: bool) -> None:
         """Note settled parts of a reservation that has `micro` left; the next statement names them."""
-        if not self._parts:
-            self._loop.call_later(self._plan.interval_ms / 1_000, self.wake)
-        if not final or self._leases.partly:
-            parts = self._leases.new_parts(reservation_id, micro, parts, final=final)
-        left = micro
-        for part in parts:
-            cover = min(left, part[3])
-            left -= cover
-            self._parts.append(part)
-            self._covers.append(cover)
-        self.unstated += micro - left
+        leases = self._leases
+        if final and not leases.partly:
+            leases.told.note(reservation_id, hash(parts))
+        else:
+            parts = leases.new_parts(reservation_id, micro, parts, final=final)
+        self._state_soon()
+        used = self.unstated.add((parts,), (micro,))
         if final:
             del self._held[reservation_id]
-            self._leases.settled.note(reservation_id, self.client_id)
+            leases.settled.note(reservation_id, self.client_id)
             self.decided -= micro
-            self.free += left
+            self.free += micro - used
         else:
-            self._held[reservation_id] = (self, left)
-            self.decided -= micro - left
-        if len(self._parts) >= STATEMENT_PARTS_MAX:
-            self.wake()
+            self._held[reservation_id] = (self, micro - used)
+            self.decided -= used
+
+    def _state_soon(self) -> None:
+        """Within the interval there will be a statement."""
+        if not self.unstated:
+            self._loop.call_later(self._plan.interval_ms / 1_000, self.wake)
 
     def void(self, reservation_id: str, micro: int) -> None:
         """The credits of a reservation can be decided again."""
@@ -322,14 +318,6 @@ class Lease:
                 self._refilled = self._loop.create_future()
             self.wake()
             await asyncio.shield(self._refilled)
-
-    async def room(self) -> None:
-        """Wait until more settled parts may be noted."""
-        while len(self._parts) >= PARTS_WAITING_MAX and not self._returned.done():
-            if self._room is None:
-                self._room = self._loop.create_future()
-            self.wake()
-            await asyncio.shield(self._room)
 
     def retire(self) -> None:
         """Decide nothing more here; what is free goes back with the next statement."""
@@ -382,34 +370,29 @@ class Lease:
         target = self._target()
         if self.free > 2 * target:
             self.free = target
-        parts, self._parts = self._parts[:STATEMENT_PARTS_MAX], self._parts[STATEMENT_PARTS_MAX:]
-        self.unstated -= sum(self._covers[:STATEMENT_PARTS_MAX])
-        del self._covers[:STATEMENT_PARTS_MAX]
+        parts = self.unstated.take(STATEMENT_PARTS_MAX)
         refilled, self._refilled = self._refilled, None
         try:
             if not await self._say(self._stands_for(), parts):
                 return False
-            if self._room is not None and len(self._parts) < PARTS_WAITING_MAX:
-                self._room.set_result(None)
-                self._room = None
             if self.is_retired:
                 if self.free <= 0 and not self._returned.done():
                     self._returned.set_result(None)
             elif self.free <= target // 2 and self._is_open:
                 self._low = target // 2
-                hold = min(target + self.decided + self.unstated, self._share)
+                hold = min(target + self.decided + self.unstated.micro, self._share)
                 if hold > self._stands_for() and not await self._say(hold, ()):
                     return False
         finally:
             if refilled is not None:
                 refilled.set_result(None)
-        if self._parts:
+        if self.unstated:
             self._is_woken = True
         return True
 
     def _stands_for(self) -> int:
         """What the bucket holds for this lease, as far as is known here."""
-        return self.free + self.decided + self.unstated
+        return self.free + self.decided + self.unstated.micro
 
     async def _say(self, hold: int, parts: Sequence[Part]) -> bool:
         """Make one statement, the same again until it is answered; in the same call, look at the bucket.
@@ -475,10 +458,10 @@ class Lease:
             self.retire()
         if self.is_retired:
             return 0
-        return max(0, min(self._size, room, self._share - self.decided - self.unstated))
+        return max(0, min(self._size, room, self._share - self.decided - self.unstated.micro))
 
     def _is_over(self) -> bool:
-        if not self.is_retired or self._parts:
+        if not self.is_retired or self.unstated:
             return False
         if self.free > 0:
             self._is_woken = True
@@ -499,12 +482,11 @@ class Lease:
         self.is_retired = True
         self._leases.forget(self)
         self._leases.release(self)
-        while self._parts:
-            parts, self._parts = self._parts[:STATEMENT_PARTS_MAX], self._parts[STATEMENT_PARTS_MAX:]
+        while parts := self.unstated.take(STATEMENT_PARTS_MAX):
             op = operations.lease(self.reservation_id, 1, 0, parts, ttl_ms=1, generation=self.generation)
             with suppress(Unreachable):
                 self._leases.submit(self.client_id, op).add_done_callback(_seen)
-        for waiting in (self._returned, self._room, self._refilled):
+        for waiting in (self._returned, self._refilled):
             if waiting is not None and not waiting.done():
                 waiting.set_result(None)
 

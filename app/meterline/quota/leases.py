@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from math import ceil
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from meterline.domain.buckets import parse_balance
 from meterline.logs import get_logger
@@ -32,19 +32,23 @@ START: Final = 256
 COUNTED_S: Final = 0.1
 CLIENTS_COUNTED_MAX: Final = 10_000
 
+Known = TypeVar("Known")
+Position = tuple[str, int, int]
+"""Topic id, partition and offset: an event."""
+
 log = get_logger(__name__)
 
 
-class Ended:
-    """The newest ended reservations and their clients; the oldest are forgotten."""
+class Ended(Generic[Known]):
+    """The newest ended reservations, and something known of each; the oldest are forgotten."""
 
     def __init__(self) -> None:
-        self.newer: dict[str, str] = {}
-        self.older: dict[str, str] = {}
+        self.newer: dict[str, Known] = {}
+        self.older: dict[str, Known] = {}
 
-    def note(self, reservation_id: str, client_id: str) -> None:
+    def note(self, reservation_id: str, known: Known) -> None:
         """One more."""
-        self.newer[reservation_id] = client_id
+        self.newer[reservation_id] = known
         self.trim()
 
     def trim(self) -> None:
@@ -52,7 +56,7 @@ class Ended:
         if len(self.newer) >= ENDED_MAX:
             self.older, self.newer = self.newer, {}
 
-    def client_of(self, reservation_id: str) -> str | None:
+    def of(self, reservation_id: str) -> Known | None:
         """None: not known."""
         return self.newer.get(reservation_id) or self.older.get(reservation_id)
 
@@ -64,11 +68,17 @@ class Leases:
         active: by client; what is decided from.
         held: reservations that were decided here: the lease, and the micro-credits they still hold.
         partly: reservations settled in part: what they held at first, and the positions named.
+        told: of reservations settled here the hash of their parts; or the positions, named in several calls.
         opening: by client; done when there is a lease, or none can be had.
     """
 
     def __init__(
-        self, submit: Submit, plan: LeasePlan, known: dict[str, Reservation], settled: Ended, voided: Ended
+        self,
+        submit: Submit,
+        plan: LeasePlan,
+        known: dict[str, Reservation],
+        settled: Ended[str],
+        voided: Ended[str],
     ) -> None:
         """None is open yet.
 
@@ -76,8 +86,8 @@ class Leases:
             submit: sends an operation of a client.
             plan: when and how.
             known: reservations made at the server.
-            settled: noted here, too.
-            voided: noted here, too.
+            settled: their clients; noted here, too.
+            voided: likewise.
         """
         self.submit = submit
         self.plan = plan
@@ -88,7 +98,8 @@ class Leases:
         self.voided = voided
         self.is_closing = False
         self.known = known
-        self.partly: dict[str, tuple[int, set[tuple[str, int, int]]]] = {}
+        self.partly: dict[str, tuple[int, set[Position]]] = {}
+        self.told: Ended[int | set[Position]] = Ended()
         self._loop = asyncio.get_running_loop()
         self._turn_began = 0.0
         self._is_turn_known = False
@@ -175,9 +186,9 @@ class Leases:
             return Reservation(
                 reservation_id, client_id, micro, ttl_s, lease.generation, done=False, covered=True
             )
-        if self.voided.client_of(reservation_id) == client_id:
+        if self.voided.of(reservation_id) == client_id:
             raise ReservationLapsed(client_id, reservation_id)
-        if self.settled.client_of(reservation_id) == client_id:
+        if self.settled.of(reservation_id) == client_id:
             return Reservation(reservation_id, client_id, micro, ttl_s, 0, done=True, covered=True)
         return None
 
@@ -187,11 +198,28 @@ class Leases:
         """Those that earlier calls of a reservation have not named: a repeated one frees nothing."""
         if final:
             _, named = self.partly.pop(reservation_id, (left, set()))
+            self.told.note(reservation_id, named)
         else:
             _, named = self.partly.setdefault(reservation_id, (left, set()))
         new = [part for part in parts if part[:3] not in named]
         named.update(part[:3] for part in new)
         return new
+
+    def not_told(self, reservation_id: str, parts: Sequence[Part]) -> Sequence[Part]:
+        """Those that no lease has told the bucket: in a sum it can't know them again, it would count them."""
+        told = self.told.of(reservation_id)
+        if told is None:
+            return parts
+        if isinstance(told, int):
+            return () if told == hash(parts) else parts
+        return [part for part in parts if part[:3] not in told]
+
+    def note_settled(self, client_id: str, names: Sequence[str], hashes: Sequence[int]) -> None:
+        """Reservations of a client that ended here, and the hashes of their parts."""
+        self.settled.newer.update(dict.fromkeys(names, client_id))
+        self.settled.trim()
+        self.told.newer.update(zip(names, hashes, strict=True))
+        self.told.trim()
 
     def cool(self, client_id: str) -> None:
         """No lease of this client for a while."""
@@ -206,7 +234,9 @@ class Leases:
         """Its reservations go on by themselves: their settle and renew go to the server."""
         for reservation_id in [rid for rid, (holder, _) in self.held.items() if holder is lease]:
             _, left = self.held.pop(reservation_id)
-            whole, _ = self.partly.pop(reservation_id, (left, None))
+            whole, named = self.partly.pop(reservation_id, (left, None))
+            if named:
+                self.told.note(reservation_id, named)
             self.known[reservation_id] = Reservation(
                 reservation_id,
                 lease.client_id,
