@@ -25,6 +25,7 @@ holds (never a charge: the log charges events).
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -35,7 +36,6 @@ from typing import TYPE_CHECKING, Final
 
 from meterline import metrics
 from meterline.domain.buckets import BucketBalance, parse_balance
-from meterline.logs import get_logger
 from meterline.quota import operations
 from meterline.quota.answers import TTL_S_MAX, Outcome, Part, Reservation
 from meterline.quota.availability import Unreachable
@@ -69,7 +69,7 @@ Submit = Callable[[str, operations.Op], "asyncio.Future[bytes]"]
 _new_reservation = tuple.__new__  # the generated __new__ takes twice as long
 _clock_id = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
-log = get_logger(__name__)
+log = logging.getLogger("meterline.quota")
 
 
 def now_s() -> float:
@@ -435,7 +435,7 @@ class Lease:
             self._is_woken = True
             return True
         if answer != b"l":
-            log.error("a lease's statement was refused", client_id=self.client_id, answer=answer.decode())
+            log.error("a lease's statement was refused for %s: %s", self.client_id, answer.decode())
         return False
 
     def _target(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Coroutine, Sequence
@@ -11,7 +12,6 @@ from math import ceil
 from typing import Any, Final, Generic, TypeVar
 
 from meterline.domain.buckets import parse_balance
-from meterline.logs import get_logger
 from meterline.quota import operations
 from meterline.quota.answers import Part, Reservation, credits_of
 from meterline.quota.availability import Unreachable
@@ -36,7 +36,7 @@ Known = TypeVar("Known")
 Position = tuple[str, int, int]
 """Topic id, partition and offset: an event."""
 
-log = get_logger(__name__)
+log = logging.getLogger("meterline.quota")
 
 
 class Ended(Generic[Known]):
