@@ -11,7 +11,7 @@ from redis.exceptions import NoScriptError, ReadOnlyError, ResponseError
 
 from meterline.errors import UserError
 from meterline.quota.availability import FAILURES_MAX, Unreachable
-from meterline.quota.batching import Batcher
+from meterline.quota.batching import SHARED_OPS_MIN, Batcher
 
 WINDOW_S = 0.002
 TIMEOUT_S = 0.2
@@ -119,6 +119,19 @@ def test_calls_made_while_a_batch_is_under_way_are_collected():
         assert [call[2] for call in line.calls] == ['["1"]', '["2","3","4"]']
 
     run(scenario, window_s=0.1, timeout_s=5.0)  # far apart, however late a busy machine wakes us
+
+
+def test_a_crowd_is_shared_out_over_idle_lanes():
+    """In one batch it would stay in step for ever, and the server would wait while its answers are read."""
+
+    async def scenario(line, batcher):
+        line.answer_after_s = 0.05
+        await asyncio.gather(*(batcher.submit("a", f'"{n}"') for n in range(2 * SHARED_OPS_MIN)))
+
+        assert [len(json.loads(call[2])) for call in line.calls] == [SHARED_OPS_MIN] * 2
+        assert line.connections == 2
+
+    run(scenario, batch_ops_max=256)
 
 
 def test_a_batch_is_bounded():

@@ -25,10 +25,12 @@ from meterline.quota.availability import Availability, Unreachable
 from meterline.quota.operations import Op, flattened
 from meterline.quota.server import Server
 
-__all__ = ["Batcher"]
+__all__ = ["SHARED_OPS_MIN", "Batcher"]
 
 BATCHES_WAITING_MAX: Final = 400
 """More wait for Redis only when it is in trouble; further calls are told so at once."""
+SHARED_OPS_MIN: Final = 16
+"""Of a part: a call of its own costs the server as much as about eight operations."""
 CLIENTS_REMEMBERED_MAX: Final = 10_000
 """Clients whose packed keys are kept: about 600 bytes each."""
 RETRY_PAUSE_S: Final = 0.005
@@ -103,7 +105,7 @@ class Batcher:
             server: where the buckets are.
             window_s: how long a batch is collected while another is on its way.
             timeout_s: how long one call may take, collecting and repeating included.
-            lanes: connections; more than two or three only help servers that are far away.
+            lanes: connections. With one the server and this process take turns; four keep both at work.
             batch_ops_max: bound of what the server does in one go, other processes waiting.
         """
         self.availability = Availability(self.ping)
@@ -193,11 +195,28 @@ class Batcher:
 
     def _dispatch(self) -> None:
         self._due = None
+        self._share_out()
         # One lane for each full batch, and one for the rest.
         for _ in range(len(self._full) + bool(self._filling or self._urgent)):
             if not self._idle:
                 return
             self._idle.pop().set_result(None)
+
+    def _share_out(self) -> None:
+        """Give each idle lane a part of a crowd: the server works on one while this process packs another.
+
+        In one batch they would all be answered together, call again together, and go on in step for ever:
+        this process and the server would take turns.
+        """
+        calls = self._filling
+        parts = min(len(self._idle) - len(self._full), len(calls) // SHARED_OPS_MIN)
+        if parts < 2:
+            return
+        size = -(-len(calls) // parts)
+        self._full += [
+            (calls[first : first + size], self._filling_since) for first in range(0, len(calls), size)
+        ]
+        self._filling = []
 
     async def _run_lane(self) -> None:
         lane = _Lane(self._server.new_connection)
