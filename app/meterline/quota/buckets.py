@@ -131,8 +131,8 @@ class CreditBuckets:
             batch_window_us: concurrent calls are collected at most so long.
             policy: whether a client's work may be done while nobody can decide.
             leases: for very hot clients: their credits are taken in portions and decided in this process.
-            connections: batches that may be on their way at once: with fewer than three, Redis and this process
-                wait for each other.
+            connections: batches that may be on their way at once: with fewer than three, Redis and this
+                process wait for each other.
             batch_ops_max: calls in one batch: Redis does nothing else meanwhile, about 5 us each.
 
         Raises (when entered):
