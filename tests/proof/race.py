@@ -277,7 +277,9 @@ def _longest_away_s(logs: Iterable[Path]) -> float:
 
 
 def _is_quiet(race: Race) -> bool:
-    """Nothing is provisional or reserved. Whether the sums are right, the checker says."""
+    """Nothing is provisional or reserved in an open bucket. Whether the sums are right, the checker says."""
+    if race.pipeline.granted(race.client_id) < 0:
+        return False  # it is being rebuilt: what it says is not yet what it will say
     with race.pipeline.redis() as redis:
         bucket = read_bucket(redis, race.pipeline.places.namespace, race.client_id)
     return bucket.provisional == 0 and bucket.reserved == 0
