@@ -83,7 +83,7 @@ class Server:
 
         Raises:
             UserError: the password is refused, or the server can't keep credits safely.
-            Unreachable: it doesn't answer.
+            Unreachable: it doesn't answer, or is not ready.
         """
         connection = self.new_connection()
         try:
@@ -96,6 +96,9 @@ class Server:
             raise Unreachable(str(error) or type(error).__name__) from None
         finally:
             await connection.disconnect(nowait=True)
+        if info.get("loading", "0") != "0":
+            # Until its file is read it says that it keeps none.
+            raise Unreachable("Redis was started and is still loading")
         if hidden := require_safe(info):
             log.warning(
                 "Redis does not tell whether it keeps credits safely; look yourself at %s", ", ".join(hidden)
