@@ -554,7 +554,7 @@ def test_the_sweep_forgets_a_client_with_nothing_to_look_at(cluster):
 )
 def test_a_server_that_cannot_keep_the_promise_is_refused(info, word):
     with pytest.raises(UserError, match=word):
-        scripts_module._checked_server(info)
+        scripts_module.run_id_of(scripts_module.info_fields(info))
 
 
 def test_a_server_that_is_away_means_later():

@@ -17,12 +17,13 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import AuthenticationError, NoScriptError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import AuthenticationError, NoScriptError, RedisError, ResponseError
 
 from meterline import metrics
 from meterline.errors import UserError
 from meterline.quota.availability import Availability, Unreachable
 from meterline.quota.operations import Op, flattened
+from meterline.quota.scripts import is_passing
 from meterline.quota.server import Server
 
 __all__ = ["SHARED_OPS_MIN", "Batcher"]
@@ -40,17 +41,6 @@ FIRST_ATTEMPT_SHARE: Final = 0.5
 
 CLOSE_POLL_S: Final = 0.001
 """Nothing tells when the last lane is idle: once in a process's life it is looked for."""
-PASSING_ERRORS: Final = (
-    "OOM",
-    "BUSY",
-    "MISCONF",
-    "MASTERDOWN",
-    "NOREPLICAS",
-    "TRYAGAIN",
-    "CLUSTERDOWN",
-    "READONLY",
-)
-"""Answers of a server that may take the same call a moment later."""
 
 Call = tuple[str, Op, "asyncio.Future[bytes]"]
 """Client, operation, who waits for the answer."""
@@ -311,7 +301,7 @@ class Batcher:
                 forgotten = True
                 again.append(group)
             except ResponseError as error:
-                if _is_passing(error):
+                if is_passing(error):
                     raise
                 if len(group.ops) == 1:
                     group.fail(UserError(f"Redis refused an operation of {group.client_id}: {error}"))
@@ -380,11 +370,6 @@ def _grouped(calls: list[Call]) -> list[_Group]:
 def _fail(groups: list[_Group], error: Exception) -> None:
     for group in groups:
         group.fail(error)
-
-
-def _is_passing(error: ResponseError) -> bool:
-    """Whether the server, not the operation, is the trouble: read-only, full, busy with another script."""
-    return isinstance(error, ReadOnlyError) or str(error).startswith(PASSING_ERRORS)
 
 
 def _said(error: BaseException) -> str:

@@ -35,8 +35,9 @@ from meterline.quota.errors import (
     ReservationLapsed,
 )
 from meterline.quota.leases import Ended, LeasePlan, Leases
+from meterline.quota.loop_thread import LoopThread
 from meterline.quota.server import Server
-from meterline.quota.sync import LoopThread, SyncCreditBuckets
+from meterline.quota.sync import SyncCreditBuckets
 
 __all__ = ["Carrier", "Connecting", "CreditBuckets", "Policy", "deny"]
 
@@ -533,7 +534,7 @@ class Connecting:
             await self._buckets.close()
 
     def __enter__(self) -> SyncCreditBuckets:
-        self._thread = LoopThread()
+        self._thread = LoopThread("CreditBuckets")
         try:
             self._buckets = self._thread.run(self._open())
         except BaseException:

@@ -13,7 +13,8 @@ from meterline.quota import operations
 from meterline.quota.answers import Credits, micro_of
 from meterline.quota.availability import Availability, Unreachable
 from meterline.quota.buckets import CreditBuckets, Policy, deny
-from meterline.quota.sync import LoopThread, SyncCreditBuckets
+from meterline.quota.loop_thread import LoopThread
+from meterline.quota.sync import SyncCreditBuckets
 
 __all__ = ["FakeCreditBuckets"]
 
@@ -108,7 +109,7 @@ class FakeCreditBuckets(CreditBuckets):
         await self.close()
 
     def __enter__(self) -> SyncCreditBuckets:
-        self._thread = LoopThread()
+        self._thread = LoopThread("CreditBuckets")
         return SyncCreditBuckets(self, self._thread.run)
 
     def __exit__(

@@ -54,7 +54,15 @@ from meterline.domain import buckets
 from meterline.errors import RetryLater, UserError
 from meterline.quota.keys import SHARDS, Keys, shard_of
 
-__all__ = ["OPS_PER_CALL_MAX", "Scripts", "ShardState", "rendered"]
+__all__ = [
+    "OPS_PER_CALL_MAX",
+    "Scripts",
+    "ShardState",
+    "info_fields",
+    "is_passing",
+    "rendered",
+    "run_id_of",
+]
 
 Op = Sequence[Any]
 _Call = tuple[Sequence[str], Sequence[str | int]]
@@ -79,7 +87,7 @@ _LIMITS = {
     "SWEEP_MS": buckets.SWEEP_MS,
     "SWEEP_MAX": buckets.SWEEP_MAX,
 }
-_LATER = (
+_LATER = {
     "BUSY",
     "CLUSTERDOWN",
     "LOADING",
@@ -89,7 +97,7 @@ _LATER = (
     "OOM",
     "READONLY",
     "TRYAGAIN",
-)
+}
 """Errors a server recovers from, by itself or by its operator's hand."""
 
 
@@ -374,7 +382,7 @@ async def _load_over(connection: AbstractConnection) -> _Loaded:
     """Ask for the run id and load the scripts over one connection, which can't outlive the server process."""
     await connection.send_command("INFO", "server")
     info = _text(await connection.read_response())
-    run_id = _checked_server(info)
+    run_id = run_id_of(info_fields(info))
     names = []
     for script in ("bucket", "shard"):
         # Sending over a closed connection would silently open a new one, to a process with another run id.
@@ -386,9 +394,20 @@ async def _load_over(connection: AbstractConnection) -> _Loaded:
     return _Loaded(*names)
 
 
-def _checked_server(info: str) -> str:
-    """The run id of a server that is new enough."""
-    fields = dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+def info_fields(info: str) -> dict[str, str]:
+    """What INFO says, by name."""
+    return dict(line.split(":", 1) for line in info.splitlines() if ":" in line)
+
+
+def run_id_of(fields: Mapping[str, str]) -> str:
+    """The run id of a server on which a restart is noticed.
+
+    Args:
+        fields: INFO's section `server`.
+
+    Raises:
+        UserError: it isn't one: too old, 32-bit, or without a run id.
+    """
     version = fields.get("redis_version", "0")
     if int(version.split(".")[0]) < SERVER_MAJOR_MIN:
         raise UserError(
@@ -402,10 +421,16 @@ def _checked_server(info: str) -> str:
     return run_id
 
 
+def is_passing(error: ResponseError) -> bool:
+    """Whether the server, not the operation, is the trouble: read-only, full, busy with another script."""
+    # redis-py cuts the code off the text of the errors it has a class for, such as OOM.
+    return (error.status_code or str(error).partition(" ")[0]) in _LATER
+
+
 def _route_of(error: Exception) -> Exception:
     if isinstance(error, AuthenticationError | AuthorizationError | NoPermissionError):
         return UserError(f"Redis refuses us: {error}")
-    if isinstance(error, ResponseError) and not str(error).startswith(_LATER):
+    if isinstance(error, ResponseError) and not is_passing(error):
         return error
     return RetryLater(f"Redis: {error}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import Final
 
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
@@ -14,13 +13,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from meterline.errors import UserError
 from meterline.quota.availability import Unreachable
 from meterline.quota.keys import Keys, shard_of
-from meterline.quota.scripts import rendered
+from meterline.quota.scripts import info_fields, rendered, run_id_of
 
 __all__ = ["Server", "require_safe"]
-
-VERSION_MIN: Final = (7, 0)
-"""From here on neither Redis nor Valkey keeps scripts in its files: a restart forgets them, which is how one
-is noticed."""
 
 log = logging.getLogger("meterline.quota")  # a library's: the program it runs in decides what is seen
 
@@ -57,13 +52,11 @@ class Server:
         Returns:
             The digest to call it by.
         """
-        info = await _info(connection, "server")
+        run_id = run_id_of(await _info(connection, "server"))
         if not connection.is_connected:
             # Sending would connect again, perhaps to a process with another run id.
             raise RedisConnectionError("Redis closed the connection")
-        await connection.send_command(
-            "SCRIPT", "LOAD", rendered("bucket", info["run_id"]), check_health=False
-        )
+        await connection.send_command("SCRIPT", "LOAD", rendered("bucket", run_id), check_health=False)
         digest: bytes = await connection.read_response(disable_decoding=True)
         return digest.decode()
 
@@ -99,6 +92,7 @@ class Server:
         if info.get("loading", "0") != "0":
             # Until its file is read it says that it keeps none.
             raise Unreachable("Redis was started and is still loading")
+        run_id_of(info)
         if hidden := require_safe(info):
             log.warning(
                 "Redis does not tell whether it keeps credits safely; look yourself at %s", ", ".join(hidden)
@@ -112,15 +106,8 @@ def require_safe(info: Mapping[str, str]) -> list[str]:
         What it doesn't tell, as managed servers may.
 
     Raises:
-        UserError: too old, without an append-only file, or it evicts keys.
+        UserError: without an append-only file, or it evicts keys.
     """
-    version = info.get("redis_version", "")
-    number = tuple(int(part) for part in version.split(".")[:2] if part.isdecimal())
-    if number and number < VERSION_MIN:
-        raise UserError(
-            f"Redis {version} is too old for credit buckets; use {VERSION_MIN[0]}.{VERSION_MIN[1]} or "
-            "newer, or Valkey. Older ones keep scripts over a restart, which would not be noticed."
-        )
     if info.get("aof_enabled") == "0":
         raise UserError(
             "Redis keeps no append-only file: a restart would forget every reservation. Set `appendonly yes` "
@@ -131,11 +118,10 @@ def require_safe(info: Mapping[str, str]) -> list[str]:
             f"Redis evicts keys when it is full (maxmemory-policy {info['maxmemory_policy']}): an evicted "
             "bucket would be credits forgotten. Set `maxmemory-policy noeviction`."
         )
-    return [name for name in ("redis_version", "aof_enabled", "maxmemory_policy") if name not in info]
+    return [name for name in ("aof_enabled", "maxmemory_policy") if name not in info]
 
 
 async def _info(connection: AbstractConnection, section: str) -> dict[str, str]:
     await connection.send_command("INFO", section, check_health=False)
     text: bytes = await connection.read_response(disable_decoding=True)
-    lines = (line.partition(":") for line in text.decode(errors="replace").splitlines() if ":" in line)
-    return {name: value for name, _, value in lines}
+    return info_fields(text.decode(errors="replace"))

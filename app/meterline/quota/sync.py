@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import threading
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from meterline.errors import UserError
 from meterline.quota.answers import Balance, Credits, Outcome, Part, Reservation
 
-__all__ = ["AsyncBuckets", "LoopThread", "SyncCreditBuckets"]
-
-Result = TypeVar("Result")
+__all__ = ["AsyncBuckets", "SyncCreditBuckets"]
 
 
 class AsyncBuckets(Protocol):
@@ -113,43 +106,3 @@ class SyncCreditBuckets:
     ) -> None:
         """See `CreditBuckets.settle_many`."""
         self._run(self._buckets.settle_many(client_id, settled, final=final))
-
-
-class LoopThread:
-    """An event loop on a thread of its own."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._process_id = os.getpid()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="meterline-quota", daemon=True)
-        self._thread.start()
-
-    def run(self, call: Coroutine[Any, Any, Result]) -> Result:
-        """Run one call there and wait for it. Ctrl-C while waiting cancels it.
-
-        Raises:
-            UserError: this is a forked process (threads stay behind at a fork), or the thread was stopped.
-        """
-        if os.getpid() != self._process_id:
-            call.close()
-            raise UserError(
-                "these credit buckets were connected before a fork and can't be used from the new process; "
-                "connect in the process that works (for example in a post-fork hook)"
-            )
-        if self._loop.is_closed() or threading.current_thread() is self._thread:
-            call.close()
-            raise UserError("these credit buckets are closed; connect again")
-        future: Future[Result] = asyncio.run_coroutine_threadsafe(call, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def stop(self) -> None:
-        """End the loop and its thread."""
-        if self._loop.is_closed() or os.getpid() != self._process_id:
-            return
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()

@@ -17,6 +17,7 @@ from meterline.domain.events import UsageEvent
 from meterline.errors import RetryLater, StopError
 from meterline.producer.usage import UsageProducer
 from meterline.quota import CreditBuckets
+from meterline.quota.loop_thread import LoopThread
 from meterline.settings import Settings, load_settings
 from meterline.task.attempt import Task
 from meterline.task.desk import Buckets, Credits, Desk
@@ -27,7 +28,7 @@ from meterline.task.policies import ClientPolicies
 from meterline.task.settling import Settler
 from meterline.task.slots import take_slot
 from meterline.task.spool import Spool
-from meterline.task.sync import LoopThread, SyncMeter
+from meterline.task.sync import SyncMeter
 from meterline.task.topic_id import TopicIdentity
 
 __all__ = ["Meter", "MeterConnection"]
@@ -181,11 +182,11 @@ class MeterConnection:
             error.add_note(str(failed))  # what went wrong first stays what is raised
 
     def __enter__(self) -> SyncMeter:
-        self._thread = LoopThread()
+        self._thread = LoopThread("Meter")
         try:
-            return SyncMeter(self._thread.run(self.__aenter__(), is_cancelled_with_us=True), self._thread)
+            return SyncMeter(self._thread.run(self.__aenter__()), self._thread)
         except BaseException:
-            self._thread.close()
+            self._thread.stop()
             raise
 
     def __exit__(
@@ -193,9 +194,9 @@ class MeterConnection:
     ) -> None:
         assert self._thread is not None
         try:
-            self._thread.run(self.__aexit__(kind, error, trace))
+            self._thread.run(self.__aexit__(kind, error, trace), is_cancelled_with_us=False)
         finally:
-            self._thread.close()
+            self._thread.stop()
 
 
 async def _open_meter(

@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
+from meterline.quota.loop_thread import LoopThread
 from meterline.task.attempt import Task
 from meterline.task.desk import Credits
 
 if TYPE_CHECKING:
     from meterline.task.meter import Meter
 
-__all__ = ["LoopThread", "SyncMeter", "SyncTask"]
-
-Answer = TypeVar("Answer")
-
-
-class LoopThread:
-    """An event loop on its own thread."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="meterline-meter", daemon=True)
-        self._thread.start()
-
-    def run(self, work: Coroutine[Any, Any, Answer], *, is_cancelled_with_us: bool = False) -> Answer:
-        """Do it there and wait, from any other thread.
-
-        Args:
-            is_cancelled_with_us: whether an interrupt (Ctrl-C) while we wait cancels it; otherwise it goes
-            on.
-        """
-        doing = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return doing.result()
-        except BaseException:
-            if is_cancelled_with_us:
-                doing.cancel()
-            raise
-
-    def close(self) -> None:
-        """End the thread."""
-        self.run(self._loop.shutdown_asyncgens())
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+__all__ = ["SyncMeter", "SyncTask"]
 
 
 class SyncTask:
@@ -68,13 +34,14 @@ class SyncTask:
         return self._task.charge
 
     def __enter__(self) -> Self:
-        self._thread.run(self._task.__aenter__(), is_cancelled_with_us=True)
+        self._thread.run(self._task.__aenter__())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.run(self._task.__aexit__(kind, error, trace))
+        # What was done is kept and settled, whatever becomes of the caller.
+        self._thread.run(self._task.__aexit__(kind, error, trace), is_cancelled_with_us=False)
 
 
 class SyncMeter:
@@ -107,4 +74,4 @@ class SyncMeter:
 
     def flush(self, timeout_s: float = 30.0) -> None:
         """See `Meter.flush`."""
-        self._thread.run(self._meter.flush(timeout_s), is_cancelled_with_us=True)
+        self._thread.run(self._meter.flush(timeout_s))
