@@ -194,7 +194,7 @@ class Settings(BaseSettings):
 
     kafka: KafkaSettings = KafkaSettings()
     clickhouse: ClickHouseSettings = ClickHouseSettings()
-    redis: RedisSettings = RedisSettings()  # type: ignore[call-arg]
+    redis: RedisSettings = RedisSettings()  # type: ignore[call-arg]  # defaults stand in Field()
     stripe: StripeSettings = StripeSettings()
     metering: MeteringSettings = MeteringSettings()  # type: ignore[call-arg]  # defaults stand in Field()
     billing: BillingSettings = BillingSettings()  # type: ignore[call-arg]

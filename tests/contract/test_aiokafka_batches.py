@@ -69,6 +69,6 @@ def test_other_topics_get_records(monkeypatch):
     keep_batches_whole("one")
     data = kafka_batches.batch(5, RECORDS)
     tp = kafka_batches.TopicPartition("other", 0)
-    walk = fetcher.PartitionRecords(tp, fetcher.MemoryRecords(data), [], 5, None, None, True, 1)  # noqa: FBT003
+    walk = fetcher.PartitionRecords(tp, fetcher.MemoryRecords(data), [], 5, None, None, True, 1)  # noqa: FBT003 - aiokafka's
 
     assert [record.offset for record in walk] == [offset for offset, *_ in RECORDS]

@@ -331,7 +331,7 @@ class Receiver:
                 handler.end_headers()
                 refused.append(1)
 
-            def log_message(handler, *_):  # noqa: N805
+            def log_message(handler, *_):  # noqa: N805 - as above
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -85,6 +85,7 @@ def cluster(tmp_path_factory):
         async with Redis(host=HOST, port=server.port, decode_responses=True) as client:
             await server.answering(client)
             await client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+            # Nothing tells when the node has its slots.
             while "cluster_state:ok" not in str(await client.execute_command("CLUSTER", "INFO")):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
@@ -367,7 +368,7 @@ def test_the_scripts_decide_as_the_model_does(cluster, monkeypatch):
     )
     started = time.monotonic()
     machine.TestCase("runTest").runTest()
-    print(f"{machine.steps} operations in {time.monotonic() - started:.1f} s")  # noqa: T201
+    print(f"{machine.steps} operations in {time.monotonic() - started:.1f} s")  # noqa: T201 - for who runs it with -s
 
     assert machine.steps > 2_000
 

@@ -38,7 +38,7 @@ class Buckets:
         if name in self.answers:
             raise self.answers[name]
 
-    async def reserve(self, client_id, credits, *, reservation_id, ttl_s):  # noqa: A002
+    async def reserve(self, client_id, credits, *, reservation_id, ttl_s):  # noqa: A002 - the library's word
         await self._asked("reserve", client_id, credits, reservation_id, ttl_s)
 
     async def settle(self, reservation_id, parts, *, final, client_id):

@@ -25,7 +25,7 @@ LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 def metering(web_port: WebPort = None, log_level: LogLevel = "info") -> None:
     """Usage events to ledger rows, windows and dead letters."""
     from meterline.metering.worker import create_app  # noqa: PLC0415 - Faust is slow to import
-    from meterline.streaming.app import run_worker  # noqa: PLC0415
+    from meterline.streaming.app import run_worker  # noqa: PLC0415 - as above
 
     run_worker(create_app(_settings(web_port)), log_level)
 
@@ -34,7 +34,7 @@ def metering(web_port: WebPort = None, log_level: LogLevel = "info") -> None:
 def billing(web_port: WebPort = None, log_level: LogLevel = "info") -> None:
     """Closed windows to Stripe usage records."""
     from meterline.billing.worker import create_app  # noqa: PLC0415 - Faust is slow to import
-    from meterline.streaming.app import run_worker  # noqa: PLC0415
+    from meterline.streaming.app import run_worker  # noqa: PLC0415 - as above
 
     run_worker(create_app(_settings(web_port)), log_level)
 
@@ -43,7 +43,7 @@ def billing(web_port: WebPort = None, log_level: LogLevel = "info") -> None:
 def quota(web_port: WebPort = None, log_level: LogLevel = "info") -> None:
     """Usage totals and grants to credit buckets; alerts."""
     from meterline.quota.worker import create_app  # noqa: PLC0415 - Faust is slow to import
-    from meterline.streaming.app import run_worker  # noqa: PLC0415
+    from meterline.streaming.app import run_worker  # noqa: PLC0415 - as above
 
     run_worker(create_app(_settings(web_port)), log_level)
 

@@ -288,14 +288,15 @@ class Checker:
     def _read_buckets(self, accounts: Mapping[str, ClientAccount]) -> None:
         """The amounts as they stand in Redis, wherever the client's key is."""
         with redis.Redis.from_url(self._places.redis_url, decode_responses=True) as server:
-            for client, account in accounts.items():
-                name = f"{self._places.redis_namespace}:{{*}}:b:{client}"
-                for key in server.scan_iter(name, count=1_000):
-                    bucket = server.hgetall(key)
-                    amount = {field: int(bucket.get(field, 0)) for field in AMOUNTS}
-                    account.granted_micro = amount["granted"]
-                    account.consumed_micro = amount["life"] - amount["base"]
-                    account.undecided_micro = amount["prov"] + amount["held"]
+            for key in server.scan_iter(f"{self._places.redis_namespace}:{{*}}:b:*", count=1_000):
+                account = accounts.get(key.split(":b:", 1)[1])
+                if account is None:
+                    continue  # an earlier run's
+                bucket = server.hgetall(key)
+                amount = {field: int(bucket.get(field, 0)) for field in AMOUNTS}
+                account.granted_micro = amount["granted"]
+                account.consumed_micro = amount["life"] - amount["base"]
+                account.undecided_micro = amount["prov"] + amount["held"]
 
     def _read_topic(self, topic: str, schema_name: str) -> list[dict[str, Any]]:
         """What was committed since the run began, decoded with the published schema."""

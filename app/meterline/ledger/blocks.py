@@ -58,7 +58,7 @@ class BlockClient(Client):  # type: ignore[misc]  # the driver has no types
         sample_block: Any,
         data: Any,
         types_check: bool = False,  # noqa: FBT001, FBT002 - the driver's signature
-        columnar: bool = False,  # noqa: FBT001, FBT002
+        columnar: bool = False,  # noqa: FBT001, FBT002 - the driver's signature
     ) -> Any:
         """Called by `execute` once the server has said which columns it expects.
 

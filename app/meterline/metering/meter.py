@@ -262,25 +262,20 @@ class Meter:
                     f"the window already holds {SKUS_PER_WINDOW_MAX} SKUs of this client",
                 )
             total = SkuTotal()
-        before = total.credits_micro if event.billable else total.free_credits_micro
-        after = before + event.credits_micro
-        if not -INT64_MAX <= after <= INT64_MAX:
-            raise DeadLetterError(
-                Reason.WINDOW_TOTAL_OUT_OF_RANGE, f"{event.sku} would add up to {after} micro-credits"
-            )
-        self._add_to_lifetime(event, offset)
+        _require_in_range(total, event, Reason.WINDOW_TOTAL_OUT_OF_RANGE, event.sku)
+        lifetime = self._totals.get(event.client_id) or ClientTotal()
+        _require_in_range(lifetime.sums, event, Reason.LIFETIME_TOTAL_OUT_OF_RANGE, "the client's usage")
         if window is None:
             window = self._window(start, event.client_id)
             # It may have been published and evicted: then its sums so far stand in the ledger alone. Asked of
             # every window that has ended: how long windows are kept may have been set higher since.
             window.lacks_past = start + self._length <= self.watermark
-        if event.billable:
-            total.count += 1
-            total.credits_micro = after
-        else:
-            total.free_count += 1
-            total.free_credits_micro = after
+        _add(total, event)
         window.skus[event.sku] = total
+        _add(lifetime.sums, event)
+        lifetime.last_offset = offset
+        self._totals[event.client_id] = lifetime
+        self._changed_totals.add(event.client_id)
         if window.last_offset <= window.published_cutoff:
             self._unpublished.setdefault(start, set()).add(event.client_id)
         window.last_offset = offset
@@ -290,30 +285,6 @@ class Meter:
             self._changed[key] = {event.sku}
         else:
             changed.add(event.sku)
-
-    def _add_to_lifetime(self, event: UsageEvent, offset: int) -> None:
-        """Add to the client's total, or refuse before anything is changed."""
-        client = event.client_id
-        total = self._totals.get(client)
-        if total is None:
-            total = ClientTotal()
-        sums = total.sums
-        before = sums.credits_micro if event.billable else sums.free_credits_micro
-        after = before + event.credits_micro
-        if not -INT64_MAX <= after <= INT64_MAX:
-            raise DeadLetterError(
-                Reason.LIFETIME_TOTAL_OUT_OF_RANGE,
-                f"the client's usage would add up to {after} micro-credits",
-            )
-        if event.billable:
-            sums.count += 1
-            sums.credits_micro = after
-        else:
-            sums.free_count += 1
-            sums.free_credits_micro = after
-        total.last_offset = offset
-        self._totals[client] = total
-        self._changed_totals.add(client)
 
     def _is_closed(self, start: int) -> bool:
         return start + self._length + self._settings.grace_ms <= self.watermark
@@ -501,3 +472,19 @@ class Meter:
                 counters.skipped + self._skipped,
             ),
         )
+
+
+def _require_in_range(sums: SkuTotal, event: UsageEvent, reason: Reason, what: str) -> None:
+    """Refuse an event that would lead sums out of int64."""
+    after = (sums.credits_micro if event.billable else sums.free_credits_micro) + event.credits_micro
+    if not -INT64_MAX <= after <= INT64_MAX:
+        raise DeadLetterError(reason, f"{what} would add up to {after} micro-credits")
+
+
+def _add(sums: SkuTotal, event: UsageEvent) -> None:
+    if event.billable:
+        sums.count += 1
+        sums.credits_micro += event.credits_micro
+    else:
+        sums.free_count += 1
+        sums.free_credits_micro += event.credits_micro

@@ -161,7 +161,7 @@ class Batcher:
         connection = self._server.new_connection()
         try:
             async with asyncio.timeout(self._timeout_s):
-                await connection.connect()  # type: ignore[no-untyped-call]
+                await connection.connect()  # type: ignore[no-untyped-call]  # redis-py's
                 await self._load(connection)
         except (RedisError, OSError, TimeoutError) as error:
             raise Unreachable(_said(error)) from None
@@ -341,7 +341,7 @@ class _Lane:
         """A new connection; kept once it stands."""
         connection = self._new_connection()
         try:
-            await connection.connect()  # type: ignore[no-untyped-call]
+            await connection.connect()  # type: ignore[no-untyped-call]  # redis-py's
         except BaseException:
             await connection.disconnect(nowait=True)
             raise

@@ -66,6 +66,7 @@ class Periods:
             baselines = [await self._baseline(known, *one) for one in due]
             # What was read must be all there is: an emptied Redis would give a base of nothing, for ever.
             if lost := judge(known, await self._store.states(), durable=False).lost:
+                # Caught here, like what the reads raise.
                 raise RetryLater(f"the credit buckets went away while periods began: {lost}")  # noqa: TRY301
         except RetryLater:
             self._book.look_again()

@@ -371,7 +371,7 @@ class Scripts:
                 return await _load_over(connection)
             finally:
                 node.release(connection)
-        connection = await self.client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+        connection = await self.client.connection_pool.get_connection()  # type: ignore[no-untyped-call]  # redis-py's
         try:
             return await _load_over(connection)
         finally:

@@ -43,7 +43,7 @@ class Server:
 
     def new_connection(self) -> AbstractConnection:
         """One that is not connected yet, and not shared."""
-        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]  # redis-py's
         return connection
 
     async def load_script(self, connection: AbstractConnection) -> str:
@@ -81,7 +81,7 @@ class Server:
         connection = self.new_connection()
         try:
             async with asyncio.timeout(timeout_s):
-                await connection.connect()  # type: ignore[no-untyped-call]
+                await connection.connect()  # type: ignore[no-untyped-call]  # redis-py's
                 info = await _info(connection, "everything")
         except (AuthenticationError, AuthorizationError) as error:
             raise UserError(f"Redis refuses to let us in: {error}") from None

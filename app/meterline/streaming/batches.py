@@ -203,7 +203,7 @@ class _WholeBatches:
         return _WholeBatch(batch, self._data[start : self._at])
 
 
-class _BatchesOfPartition(fetcher.PartitionRecords):  # type: ignore[misc]
+class _BatchesOfPartition(fetcher.PartitionRecords):  # type: ignore[misc]  # aiokafka ships no types
     """aiokafka's walk through a fetch, one step a batch for the topics that want it."""
 
     def __init__(self, tp: Any, records: _KeptRecords, *rest: Any) -> None:

@@ -132,7 +132,7 @@ class Drainer:
             self._close_producer(STOP_S)
             self._take_outcomes()
             self._tell()
-        except BaseException as error:
+        except BaseException as error:  # told to the next task that begins or ends
             log.exception("the drainer ended; usage stays in the spool")
             self.failure = self.failure or error
             self._close_producer(0.0)

@@ -211,7 +211,7 @@ class BatchMeter(Meter):
     def _bound_sums(self) -> None:
         """No sum is larger than `_largest_sum`, no window has more SKUs than `_widest`. Exact now and then,
         and grown by what comes in between.
-        """  # noqa: D205
+        """  # noqa: D205 - one sentence that needs two lines
         if self._largest_sum == UNKNOWN or self._largest_sum > INT64_MAX // 2:
             sums = [total for window in self.windows.values() for total in window.skus.values()]
             sums += [total.sums for total in self._totals.values()]

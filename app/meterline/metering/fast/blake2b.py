@@ -60,7 +60,7 @@ PARAMETERS = U(0x0101_0000)
 def _mix(v: Any, a: Any, b: Any, c: Any, d: Any, m: Any, x: Any, y: Any) -> None:
     """The function G on one column or diagonal of every lane. Indexes are unsigned: signed ones could be
     negative, and the compiler would look at each lane by itself.
-    """  # noqa: D205
+    """  # noqa: D205 - one sentence that needs two lines
     for i in range(LANES):
         lane = U(i)
         p = v[a + lane] + v[b + lane] + m[x + lane]

@@ -29,7 +29,8 @@ def make_meter(
 
 def warm_up() -> None:
     """Compile every kernel, or load what an earlier process compiled: seconds, or half of one."""
-    meter = make_meter(0, MeteringSettings(), _refuse, Meta("", "", -1, 0, 0, 1_000), lambda: [b"\xc3\x01"])  # type: ignore[call-arg]
+    settings = MeteringSettings()  # type: ignore[call-arg]  # defaults stand in Field()
+    meter = make_meter(0, settings, _refuse, Meta("", "", -1, 0, 0, 1_000), lambda: [b"\xc3\x01"])
     # One ordinary record and one poison: every kernel runs.
     records = b"".join(_record(number, value) for number, value in enumerate((_EVENT, b"")))
     meter.take(BatchedRecords([RawBatch("", 0, 0, 1, 2, 1, 1, records)]))
