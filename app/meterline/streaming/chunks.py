@@ -17,7 +17,6 @@ __all__ = ["CHUNK_RECORDS_MAX", "RecordChunk", "RecordChunkSchema", "split_into_
 CHUNK_RECORDS_MAX = 5_000
 """Records in one chunk: about 50 ms of work, so that heartbeats and flushes keep their turn on the loop."""
 
-
 BATCHED_RECORDS_MAX = 20_000
 """The same where whole batches are delivered, which take a tenth of the work. A batch is never cut."""
 
@@ -77,11 +76,13 @@ def split_into_chunks(first_offset: int, fetched: list[Any]) -> Iterator[RecordC
 
 def _group_batches(batches: list[RawBatch]) -> Iterator[list[RawBatch]]:
     group: list[RawBatch] = []
+    records = 0
     for batch in batches:
-        if group and sum(one.count for one in group) + batch.count > BATCHED_RECORDS_MAX:
+        if group and records + batch.count > BATCHED_RECORDS_MAX:
             yield group
-            group = []
+            group, records = [], 0
         group.append(batch)
+        records += batch.count
     yield group
 
 
