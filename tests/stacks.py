@@ -30,7 +30,7 @@ from meterline.local.sandbox.process import SandboxProcess
 from meterline.local.stack import Stack
 from meterline.settings import Settings
 
-__all__ = ["RunningStack", "chosen_kind", "running_stack", "settings_of"]
+__all__ = ["RunningStack", "chosen_kind", "own_stack", "running_stack", "settings_of"]
 
 CHOICE_VARIABLE = "METERLINE_TEST_STACK"
 COMPOSE_FILE = Path(__file__).parents[1] / "docker-compose.yml"
@@ -86,6 +86,17 @@ def running_stack(kind: str) -> Iterator[RunningStack]:
         TopicAdmin(settings.kafka).apply(load_topics())
         apply_migrations(settings.clickhouse)
         yield RunningStack(kind, environment, settings, local)
+
+
+def own_stack(kind: str | None = None) -> object:
+    """The fixture `stack` of a module that breaks services, or counts every record of the topics."""
+
+    @pytest.fixture(scope="module")
+    def stack() -> Iterator[RunningStack]:
+        with running_stack(kind or chosen_kind()) as running:
+            yield running
+
+    return stack
 
 
 def settings_of(environment: Mapping[str, str]) -> Settings:

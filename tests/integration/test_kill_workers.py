@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tests.pipeline_books import WORKER_SETTINGS, Traffic, settle
-from tests.stacks import chosen_kind, running_stack
+from tests.stacks import own_stack
 from tests.worker_processes import WorkerProcess, ended_in_the_end, until
 
 from meterline.streaming.steps import Step
@@ -37,11 +37,8 @@ DEATH_S_MAX = 40
 PLACES = [(kind, step) for kind, steps in CASES.items() for step in steps]
 
 
-@pytest.fixture(scope="module")
-def stack():
-    """One of our own: every record of its topics is ours."""
-    with running_stack(chosen_kind()) as running:
-        yield running
+stack = own_stack()
+"""Every record of its topics is ours."""
 
 
 @pytest.fixture(scope="module")

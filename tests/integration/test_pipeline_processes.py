@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.pipeline_books import WORKER_SETTINGS, Traffic, log_ends, metering_metas
-from tests.stacks import chosen_kind, running_stack
-from tests.worker_processes import ALL, WorkerProcess, ended_in_the_end, until
+from tests.pipeline_books import log_ends, metering_metas
+from tests.stacks import own_stack
+from tests.worker_processes import ALL, until
 
 from meterline.local.ports import HOST, free_ports
 from meterline.local.python_services import ClickHouse
@@ -23,26 +23,8 @@ TERM_S_MAX = 8.0
 FAUST = [str(Path(sys.executable).with_name("faust")), "-A", "meterline.metering.worker", "worker"]
 
 
-@pytest.fixture(scope="module")
-def stack():
-    """One of our own: its ClickHouse is stopped, and every record of its topics is ours."""
-    with running_stack(chosen_kind()) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def traffic(stack):
-    traffic = Traffic(stack)
-    yield traffic
-    traffic.close()
-
-
-@pytest.fixture
-def worker(stack, tmp_path):
-    """A metering worker, not started; nothing of it is left in the end."""
-    made = WorkerProcess("metering", stack.process_environment() | WORKER_SETTINGS, tmp_path)
-    with ended_in_the_end(made):
-        yield made
+stack = own_stack()
+"""Its ClickHouse is stopped, and every record of its topics is ours."""
 
 
 def all_applied(stack):

@@ -18,7 +18,7 @@ from confluent_kafka import Producer
 from redis import Redis
 from redis.exceptions import RedisError
 from tests.pipeline_books import committed
-from tests.stacks import running_stack
+from tests.stacks import own_stack
 from tests.worker_processes import ALL, WorkerProcess, ended_in_the_end, until
 
 from meterline.clients import ClientRegistry
@@ -53,11 +53,8 @@ DAY_MS = 86_400_000
 REBUILD_S_MAX = 40.0
 
 
-@pytest.fixture(scope="module")
-def stack():
-    """One of our own: its Redis is killed and emptied. Local: containers' processes are nobody's to kill."""
-    with running_stack("local") as running:
-        yield running
+stack = own_stack("local")
+"""Its Redis is killed and emptied. Local: containers' processes are nobody's to kill."""
 
 
 @pytest.fixture(scope="module")
