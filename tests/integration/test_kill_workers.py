@@ -12,7 +12,7 @@ from tests.worker_processes import WorkerProcess, ended_in_the_end, until
 
 from meterline.streaming.steps import Step
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 TAKE_OVER = dict.fromkeys((Step.OWNER_FENCED, Step.STATE_READ, Step.STATE_RESTORED), 2)
 """The second partition of four: some are taken over, some are not."""
@@ -33,7 +33,7 @@ CASES = {
 }
 """Worker -> step -> at which arrival there it dies."""
 
-DEATH_S_MAX = 40
+DEATH_S_MAX = 120
 PLACES = [(kind, step) for kind, steps in CASES.items() for step in steps]
 
 
