@@ -6,17 +6,19 @@ taken from the code under test.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from io import BytesIO
+from typing import Any
 
 import fastavro
 import stripe
@@ -63,22 +65,46 @@ class Traffic:
     Attributes:
         credits_micro: by client and event id, of every event that Kafka acknowledged.
         records: how many records that took.
+        dead_letters: how many records more were written that are no events.
+        resent_share: how many of the events are sent again. 0 while a client's partition changes: a copy in
+            another one is a twin, which is found by an audit and not here.
     """
 
-    def __init__(self, stack: RunningStack, clients: int = 8) -> None:
+    def __init__(
+        self, stack: RunningStack, clients: int = 8, client_config: Mapping[str, Any] | None = None
+    ) -> None:
         self.credits_micro: dict[str, dict[str, int]] = defaultdict(dict)
         self.records = 0
+        self.dead_letters = 0
         self.customers: dict[str, str] = {}
+        self.resent_share = RESENT_SHARE
+        self._stack = stack
         self._chance = random.Random(7)
+        self._number = itertools.count()
         self._sent: list[dict] = []
-        self._producer = UsageProducer(stack.settings)
-        sandbox = stripe_client(stack)
-        registry = ClientRegistry(stack.settings)
+        self._producer = UsageProducer(stack.settings, client_config=client_config)
         for number in range(clients):
-            client_id = f"client-{number}-{uuid.uuid4().hex[:8]}"
-            self.customers[client_id] = customer = sandbox.v1.customers.create({"name": client_id}).id
-            now_ms = time.time_ns() // MICRO
-            registry.put(Client(client_id, stripe_customer_id=customer, updated_at=now_ms, updated_by="test"))
+            self.add_client(f"client-{number}-{uuid.uuid4().hex[:8]}")
+
+    def add_client(self, client_id: str) -> None:
+        """One more, with a customer at Stripe."""
+        customer = stripe_client(self._stack).v1.customers.create({"name": client_id}).id
+        now_ms = time.time_ns() // MICRO
+        ClientRegistry(self._stack.settings).put(
+            Client(client_id, stripe_customer_id=customer, updated_at=now_ms, updated_by="test")
+        )
+        self.customers[client_id] = customer
+
+    @contextmanager
+    def by_another_producer(self, **client_config: Any) -> Iterator[None]:
+        """Until the end of the block another program publishes, which sends nothing again but its own."""
+        before = self._producer, self._sent
+        self._producer, self._sent = UsageProducer(self._stack.settings, client_config=client_config), []
+        try:
+            yield
+        finally:
+            self._producer.close()
+            self._producer, self._sent = before
 
     def publish(self, events: int = SLICE) -> None:
         """One slice, acknowledged."""
@@ -87,7 +113,7 @@ class Traffic:
             event = self._event()
             sent.append((event, self._producer.publish(**event)))
             self._sent.append(event)
-            if self._chance.random() < RESENT_SHARE:
+            if self._chance.random() < self.resent_share:
                 again = self._chance.choice(self._sent)
                 sent.append((again, self._producer.publish(**again)))
         self._producer.flush()
@@ -100,7 +126,7 @@ class Traffic:
         late = self._chance.choice(LATE_BY) if self._chance.random() < LATE_SHARE else timedelta()
         return {
             "client_id": self._chance.choice(list(self.customers)),
-            "correlation_id": f"task-{len(self._sent)}",
+            "correlation_id": f"task-{next(self._number)}",
             "sku": self._chance.choice(("gpu", "tokens")),
             "credits": str(Decimal(self._chance.randrange(1, 2_000_000)) / MICRO),
             "occurred_at": now - late,
@@ -210,8 +236,10 @@ def _wrong_counters(stack: RunningStack, ledger: ClickHouse, traffic: Traffic) -
         if [told[0], told[2]] != [rows.get(partition, 0), dead[partition]]:
             yield f"partition {partition}: counters {counters}, {rows} rows, {dict(dead)} dead letters"
     unique = sum(map(len, traffic.credits_micro.values()))
-    if sum(ends.values()) != traffic.records:
+    if sum(ends.values()) != traffic.records + traffic.dead_letters:
         yield f"the log holds {sum(ends.values())} records, {traffic.records} were acknowledged"
+    if sum(dead.values()) != traffic.dead_letters:
+        yield f"{sum(dead.values())} dead letters, {traffic.dead_letters} records were no events"
     if (
         duplicates := sum(meta["counters"]["duplicates"] for meta in metas.values())
     ) != traffic.records - unique:

@@ -25,6 +25,7 @@ from meterline.contracts.topics import load_topics
 from meterline.ledger.migrate import apply_migrations
 from meterline.local.kafka import BROKER_SETTINGS
 from meterline.local.ports import HOST, Ports
+from meterline.local.python_services import ClickHouse
 from meterline.local.redis import SERVER_SETTINGS
 from meterline.local.sandbox.process import SandboxProcess
 from meterline.local.stack import Stack
@@ -52,6 +53,19 @@ class RunningStack:
     environment: Mapping[str, str]
     settings: Settings
     local: Stack | None
+
+    @contextmanager
+    def without_clickhouse(self) -> Iterator[None]:
+        """Until the end of the block there is no ledger. The local stack's alone: containers are not ours."""
+        if self.local is None:
+            pytest.skip("stops the local stack's ClickHouse; containers are run by testcontainers")
+        where = self.local.state_dir, self.local.ports
+        ledger = Stack(*where, [ClickHouse(where[0] / "clickhouse", where[1])])
+        ledger.down()
+        try:
+            yield
+        finally:
+            ledger.up()
 
     def process_environment(self) -> dict[str, str]:
         """For a child process: our environment, its settings of Meterline replaced by this stack's."""

@@ -14,8 +14,6 @@ from tests.stacks import own_stack
 from tests.worker_processes import ALL, until
 
 from meterline.local.ports import HOST, free_ports
-from meterline.local.python_services import ClickHouse
-from meterline.local.stack import Stack
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(200)]
 
@@ -87,13 +85,8 @@ def test_sigterm_ends_a_worker_with_0(stack, traffic, worker):
 
 def test_sigterm_ends_a_worker_while_clickhouse_is_down(stack, traffic, worker):
     """It waits for a ledger that can't answer: alive, and it may still be told to go. Nothing is lost."""
-    if stack.local is None:
-        pytest.skip("stops the local stack's ClickHouse; containers are run by testcontainers")
-    local = stack.local
-    ledger = Stack(local.state_dir, local.ports, [ClickHouse(local.state_dir / "clickhouse", local.ports)])
     worker.start_ready()
-    ledger.down()
-    try:
+    with stack.without_clickhouse():
         traffic.publish(200)
         # An insert that fails, or before it the question for the past of a window that a late event reopens.
         until(lambda: "ClickHouse does not answer" in worker.log_file.read_text(), "the ledger is missed")
@@ -101,8 +94,6 @@ def test_sigterm_ends_a_worker_while_clickhouse_is_down(stack, traffic, worker):
         began = time.monotonic()
         code = worker.terminate()
         took = time.monotonic() - began
-    finally:
-        ledger.up()
 
     assert (status, alive["alive"], code) == (200, True, 0)
     assert took < TERM_S_MAX
