@@ -40,7 +40,7 @@ WORKER_SETTINGS = {
     "METERLINE_METERING__WINDOW_LENGTH_MS": str(WINDOW_MS),
     "METERLINE_METERING__ALLOWED_LATENESS_MS": "500",
     "METERLINE_METERING__IDLE_AFTER_MS": "500",
-    "METERLINE_METERING__FLUSH_INTERVAL_MS": "100",
+    "METERLINE_METERING__FLUSH_INTERVAL_MS": "200",
     "METERLINE_METERING__LATE_SNAPSHOT_INTERVAL_MS": "500",
     # Shorter than LATE_BY: some late events meet a window that only the ledger remembers.
     "METERLINE_METERING__KEEP_CLOSED_WINDOWS_MS": "5000",
@@ -53,7 +53,7 @@ SLICE, SLICE_PAUSE_S = 12, 0.1
 """Each flush finds some, in every partition. More would only keep the machine from what is tested."""
 KAFKA_S_MAX = 30.0
 SETTLE_S_MAX = 120.0
-"""Twelve times what it takes on free cores: a busy machine is no difference."""
+"""Seconds on free cores; a busy machine is no difference."""
 SETTLE_PAUSE_S = 0.3
 SINGLE_OBJECT_HEADER = 10
 """Avro's single-object encoding: two magic bytes and a fingerprint of eight."""
