@@ -183,6 +183,8 @@ class WorkerSettings(BaseModel):
     instance_id: str = ""
     """Static membership: one stable name per worker slot; empty: dynamic membership."""
     data_dir: str = ""
+    metadata_max_age_ms: int = Field(60_000, ge=1_000)
+    """How old a worker's view of its topics gets: so long nobody reads a partition that was just added."""
 
 
 class Settings(BaseSettings):

@@ -5,33 +5,15 @@ from __future__ import annotations
 import pytest
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
-from tests.pipeline_books import WINDOW_MS, WORKER_SETTINGS, Traffic, log_ends, metering_metas
-from tests.stacks import chosen_kind, running_stack
-from tests.worker_processes import ALL, WorkerProcess, ended_in_the_end, until
+from tests.pipeline_books import WINDOW_MS, log_ends, metering_metas
+from tests.stacks import own_stack
+from tests.worker_processes import ALL, until
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(200)]
 
 
-@pytest.fixture(scope="module")
-def stack():
-    """One of our own: records of its topics are deleted."""
-    with running_stack(chosen_kind()) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def traffic(stack):
-    traffic = Traffic(stack)
-    yield traffic
-    traffic.close()
-
-
-@pytest.fixture
-def worker(stack, tmp_path):
-    """A metering worker, not started; nothing of it is left in the end."""
-    made = WorkerProcess("metering", stack.process_environment() | WORKER_SETTINGS, tmp_path)
-    with ended_in_the_end(made):
-        yield made
+stack = own_stack()
+"""Records of its topics are deleted."""
 
 
 def applied_offsets(stack):

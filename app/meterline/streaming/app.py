@@ -158,6 +158,7 @@ def build_app(plan: WorkerPlan, settings: Settings) -> WorkerApp:
         broker_heartbeat_interval=worker.session_timeout_ms / 5000,
         consumer_auto_offset_reset="earliest",
         consumer_max_fetch_size=FETCH_BYTES_MAX,
+        consumer_metadata_max_age_ms=worker.metadata_max_age_ms,
         consumer_group_instance_id=worker.instance_id or None,
         producer_acks=-1,
         worker_redirect_stdouts=False,
