@@ -65,7 +65,9 @@ class World:
         self.fates = Counter()
         self.changelog, self.rows = {}, {}
         self.windows, self.totals, self.too_early = {}, {}, []
+        self.dead_letters = []
         self.writes, self.dies_at, self.halted = 0, None, ""
+        self.options = OPTIONS
 
     # -- the log
 
@@ -78,6 +80,12 @@ class World:
         self.fates[fate] += 1
         if fate == "accepted":
             self.accepted[offset] = (client, credits_micro)
+
+    def append_poison(self, client):
+        """No event: only its key tells whose it is."""
+        offset = len(self.log)
+        self.log.append(Record(offset, START + 300 * offset, b"poison", client.encode()))
+        self.fates["dead_letters"] += 1
 
     def append_some(self):
         for number in range(6):
@@ -138,6 +146,8 @@ class World:
         elif output.topic == "usage.totals" and output.key.startswith(TOTAL_KEY):
             said = CODECS["usage-total"].decode(output.value)
             self.totals[said["client_id"]] = said["credits_micro"]
+        elif output.topic == "usage.events.dlq":
+            self.dead_letters.append(CODECS["dead-letter"].decode(output.value)["offset"])
         elif output.topic == "usage.totals":
             until = CODECS["usage-progress"].decode(output.value)["published_until"]
             if self.totals != self.owed(until):
@@ -181,7 +191,7 @@ class World:
 
     def tools(self):
         return MeteringTools(
-            settings=OPTIONS,
+            settings=self.options,
             writer=self,
             reader=self,
             events=CODECS["usage-event"],
@@ -212,6 +222,7 @@ class World:
 
     def work(self, slice_length=3):
         """One worker's life, to the end of the log or to its death."""
+        self.halted = ""
         try:
             asyncio.run(self._work(slice_length))
         except Crash:
@@ -306,6 +317,78 @@ def test_nothing_of_a_recreated_topic_is_counted_under_the_old_state(new_world):
 
     assert world.books() == before
     assert "re-created" in world.halted
+
+
+# -- the brake on dead letters
+
+BRAKE_MAX, BRAKE_CLIENTS = 10, 5
+BRAKED = OPTIONS.model_copy(update={"brake_dead_letters_max": BRAKE_MAX, "brake_clients_min": BRAKE_CLIENTS})
+
+
+def flooded(new_world):
+    """Usage, then a deployment whose records nobody can read: of 30 clients, one after the other."""
+    world = new_world()
+    world.options = BRAKED
+    world.append_some()
+    for number in range(90):
+        world.append_poison(f"client-{number % 30}")
+    world.append("acme", 17)
+    return world
+
+
+@pytest.mark.parametrize("slice_length", [1, 3, 40, 200])
+def test_a_flood_of_dead_letters_stops_before_it_is_sent(new_world, slice_length):
+    """The topic is not drained into the dead-letter topic; the records stay where they are, uncounted."""
+    world = flooded(new_world)
+
+    world.work(slice_length)
+
+    assert len(world.dead_letters) <= BRAKE_MAX
+    assert world.counted()["dead_letters"] == len(world.dead_letters)
+    assert "are dead letters, of" in world.halted
+    assert "BRAKE_DEAD_LETTERS_MAX" in world.halted
+
+
+def test_restarts_do_not_drain_the_flood_little_by_little(new_world):
+    """What was counted stands in the state: a supervisor that restarts for ever changes nothing."""
+    world = flooded(new_world)
+    world.work()
+    sent, books = len(world.dead_letters), world.books()
+    for _ in range(5):
+        world.work()
+
+        assert (len(world.dead_letters), world.books()) == (sent, books)
+    assert world.halted
+
+
+def test_after_the_brake_every_record_is_counted_once(new_world):
+    """The operator lets them pass: nothing was lost by the stop, and nothing is counted again."""
+    world = flooded(new_world)
+    world.work()
+    world.options = OPTIONS.model_copy(update={"brake_dead_letters_max": 1_000})
+
+    world.work()
+
+    assert world.counted() == dict(world.fates)
+    assert world.books() == [world.owed()] * 3
+    assert sorted(set(world.dead_letters)) == sorted(world.dead_letters)
+
+
+def test_the_poison_of_a_few_clients_stops_nobody(new_world):
+    """However much of it: each record costs one dead letter, and the others are billed."""
+    world = new_world()
+    world.options = BRAKED
+    world.append_some()
+    for number in range(300):
+        world.append_poison(f"client-{number % (BRAKE_CLIENTS - 1)}")
+        if number % 10 == 0:
+            world.append("acme", 17)
+
+    world.work(slice_length=50)
+
+    assert world.halted == ""
+    assert world.counted() == dict(world.fates)
+    assert world.books() == [world.owed()] * 3
 
 
 # -- the engine: where to read is what the state says

@@ -25,7 +25,7 @@ from meterline.ledger.reader import LedgerReader
 from meterline.ledger.tables import EVENT_COLUMNS, EVENTS
 from meterline.ledger.writer import LedgerWriter
 from meterline.logs import get_logger
-from meterline.metering.checks import check_log, check_windows, first_meta
+from meterline.metering.checks import check_flood, check_log, check_windows, first_meta
 from meterline.metering.meter import DeadLetter, Flush, Meter
 from meterline.metering.state import FORMAT_VERSION, Meta, meta_key
 from meterline.metrics import (
@@ -176,6 +176,7 @@ class MeteringOwner(PartitionOwner):
             sums = await self._tools.reader.ask(queries.window_sums, [(ref, applied) for ref in lacking])
             for ref, past in zip(lacking, sums, strict=True):
                 self._meter.add_past(ref, past)
+        check_flood(self._meter.brake.flood, self._log)
         flush = self._meter.build_flush(time.time_ns() // 1_000_000)
         if flush is None:
             return

@@ -227,6 +227,7 @@ class Engine:
         PARTITION_HALTED.labels(held.number).set(1)
         log.error("partition halted", partition=held.number, why=str(stop))
         self.partitions.pop(held.number, None)
+        self._space.set()  # what it held is nobody's any more: who waited for room of it goes on
         await self._drop(held)
 
     # -- delivery

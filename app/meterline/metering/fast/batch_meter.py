@@ -9,8 +9,9 @@ property test holds the two against each other on any bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from meterline.metering.fast.fold import (
     GROUP_FIELDS,
     RULE_FIELDS,
     STATE_FIELDS,
+    ended_windows,
     fold_records,
 )  # fmt: skip
 from meterline.metering.fast.hashing import HASH_FIELDS, Scratch, hash_records
@@ -32,14 +34,18 @@ from meterline.metering.fast.scan import (
     B_START,
     BATCH,
     BATCH_FIELDS,
+    CLIENT_CODE,
     CORRUPT,
     FIELDS,
     HEAD_BYTES,
+    NONE,
+    OCCURRED,
+    OFFSET,
     ORDINARY,
     START,
     scan_batches,
 )  # fmt: skip
-from meterline.metering.meter import INT64_MAX, ClientTotal, Flush, Meter
+from meterline.metering.meter import INT64_MAX, ClientTotal, DeadLetter, Flush, Meter, Read, WindowKey
 from meterline.metering.state import Meta
 from meterline.settings import MeteringSettings
 from meterline.streaming.batches import BatchedRecords
@@ -47,6 +53,24 @@ from meterline.streaming.batches import BatchedRecords
 __all__ = ["BatchMeter"]
 
 UNKNOWN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Scanned:
+    """A chunk after the scan. The rows of its records stand in the meter's arrays until the next scan.
+
+    Attributes:
+        data: bytes of all its batches.
+        starts: where each batch begins in them.
+        count: of records.
+        odd: number of a record that is not ordinary -> what it is.
+    """
+
+    chunk: BatchedRecords
+    data: Any
+    starts: Sequence[int]
+    count: int
+    odd: Mapping[int, Read]
 
 
 class BatchMeter(Meter):
@@ -94,9 +118,9 @@ class BatchMeter(Meter):
         self._largest_sum = UNKNOWN
 
     def add_past(self, ref: WindowRef, past: Mapping[str, SkuTotal]) -> None:
-        """Add what the ledger holds of a window up to the applied offset."""
+        """Tell what the ledger holds of a window up to the applied offset."""
+        self._largest_sum = self._widest = UNKNOWN  # before what waited for it is decided
         super().add_past(ref, past)
-        self._largest_sum = self._widest = UNKNOWN
 
     # -- take in
 
@@ -108,6 +132,20 @@ class BatchMeter(Meter):
             super().take(records)
 
     def _take_batches(self, chunk: BatchedRecords) -> None:
+        scanned = self._scan(chunk)
+        if scanned is None:
+            super().take(chunk)  # and let it say what is wrong
+            return
+        if not scanned.count:
+            return
+        self.next_offset = int(self._work.records[scanned.count - 1, OFFSET]) + 1
+        if self._knows(self._ended_windows_of(scanned)):
+            self._decide_scanned(scanned)
+        else:
+            self._waiting.append(partial(self._decide_batches, chunk))
+
+    def _scan(self, chunk: BatchedRecords) -> Scanned | None:
+        """Read each record by itself; None if the batches are not what their headers say."""
         batches = chunk.batches
         data = np.frombuffer(b"".join(batch.payload for batch in batches), np.uint8)
         table = np.empty((len(batches), BATCH_FIELDS), np.int64)
@@ -119,53 +157,76 @@ class BatchMeter(Meter):
             count += batch.count
         if count > self._work.size:
             self._work = _Work(count)
-        records, hashes = self._work.records, self._work.hashes
         heads, heads_n = _heads_array(self._heads())
-        clients = self._clients.lend(count, len(data))
-        skus = self._skus.lend(count, len(data))
-        sources = self._sources.lend(count, len(data))
-        scanned = scan_batches(
-            data, table, chunk.first_offset, heads, heads_n, clients, skus, sources, records
-        )
+        names = [names.lend(count, len(data)) for names in (self._clients, self._skus, self._sources)]
+        records = self._work.records
+        scanned = scan_batches(data, table, chunk.first_offset, heads, heads_n, *names, records)
         if scanned == CORRUPT:
-            super().take(chunk)  # and let it say what is wrong
-            return
-        hash_records(data, records, scanned, hashes, *self._scratch)
-        self._index.make_room(scanned, self._appended_at)
-        rows = self._encoded.lend(scanned, len(data))
-        self._bound_sums()
+            return None
         starts = table[:, B_START].tolist()
+        odd = {}
+        for number in np.flatnonzero(records[:scanned, ORDINARY] == 0).tolist():
+            read = odd[number] = self._read(self._record(chunk, starts, number))
+            records[number, OCCURRED] = NONE if isinstance(read[1], DeadLetter) else read[1].occurred_at
+        return Scanned(chunk, data, starts, scanned, odd)
+
+    def _record(self, chunk: BatchedRecords, starts: Sequence[int], number: int) -> Any:
+        batch, start = self._work.records[number, (BATCH, START)].tolist()
+        return chunk.batches[batch].record(start - starts[batch])[0]
+
+    def _ended_windows_of(self, scanned: Scanned) -> Iterator[WindowKey]:
+        """As `_ended_windows`."""
+        records, ended = self._work.records, self._work.ended
+        count, self._reach = ended_windows(
+            records, scanned.count, self._length, self._settings.allowed_lateness_ms,
+            max(self._reach, self.watermark), ended,
+        )  # fmt: skip
+        if not count:
+            return
+        numbers = ended[:count]
+        clients = self._clients.texts()
+        odd = scanned.odd
+        fields = records[numbers][:, (OCCURRED, CLIENT_CODE)].tolist()
+        for number, (occurred_at, code) in zip(numbers.tolist(), fields, strict=True):
+            client = odd[number][1].client_id if number in odd else clients[code]
+            yield window_start_of(occurred_at, self._length), client
+
+    def _decide_batches(self, chunk: BatchedRecords) -> None:
+        """Decide what had to wait: other chunks were scanned since."""
+        scanned = self._scan(chunk)
+        assert scanned is not None, "it was read before"
+        self._decide_scanned(scanned)
+
+    def _decide_scanned(self, scanned: Scanned) -> None:
+        work, count, odd = self._work, scanned.count, scanned.odd
+        hash_records(scanned.data, work.records, count, work.hashes, *self._scratch)
+        self._index.make_room(count, self._appended_at)
+        rows = self._encoded.lend(count, len(scanned.data))
+        self._bound_sums()
         first = 0
-        while (first := self._fold_scanned(data, first, scanned, rows)) < scanned:
-            last = first + 1
-            while last < scanned and not records[last, ORDINARY]:
-                last += 1  # a flood of poison is taken at one go
-            super().take(
-                [
-                    batches[batch].record(start - starts[batch])[0]
-                    for batch, start in records[first:last, (BATCH, START)].tolist()
-                ]
-            )
-            first = last
+        while (first := self._fold_scanned(scanned.data, first, count, rows)) < count:
+            reads = [odd.get(first) or self._read(self._record(scanned.chunk, scanned.starts, first))]
+            while (first := first + 1) in odd:
+                reads.append(odd[first])  # a flood of poison is taken at one go
+            self._decide(reads)
 
     def _fold_scanned(self, data: Any, first: int, count: int, rows: tuple[Any, ...]) -> int:
         """Run the kernel up to a record that is for the plain meter; which one, or the count."""
         work, settings = self._work, self._settings
         work.rules[:] = (
             self._length, settings.grace_ms, settings.allowed_lateness_ms, self._index.horizon_ms,
-            self._widest,
+            SKUS_PER_WINDOW_MAX - self._widest,
         )  # fmt: skip
         room = max(0, INT64_MAX - self._largest_sum)
         taken = self._index.taken
-        work.state[:] = (self.next_offset, self._appended_at, self.watermark, 0, 0, 0, room, taken)
+        work.state[:] = (self._undecided, self._appended_at, self.watermark, 0, 0, room, taken)
         stopped = fold_records(
             data, work.records, work.hashes, first, count, work.rules, work.state, self._index.slots,
             work.group_table, work.groups, work.cell_table, work.cells, work.counts, rows,
         )  # fmt: skip
-        self.next_offset, self._appended_at, self.watermark, *counted, room_left, taken = work.state.tolist()
+        self._undecided, self._appended_at, self.watermark, *counted, room_left, taken = work.state.tolist()
         self._skipped += counted[0]
         self._duplicates += counted[1]
-        self._late += counted[2]
         self._largest_sum += room - room_left
         self._index.taken = taken
         self._settle()
@@ -176,21 +237,16 @@ class BatchMeter(Meter):
         groups, cells = self._work.changes()
         clients, skus = self._clients.texts(), self._skus.texts()
         touched = []
-        for start, code, watermark, last_offset, _ in groups:
+        for start, code, late, last_offset, _ in groups:
             client = clients[code]
-            key = start, client
-            window = self.windows.get(key)
-            if window is None:
-                window = self._window(start, client)
-                window.lacks_past = start + self._length <= watermark
-            if window.last_offset <= window.published_cutoff:
-                self._unpublished.setdefault(start, set()).add(client)
+            window = self._open(start, client)
+            self._count_late(window, late)
             window.last_offset = last_offset
             total = self._totals.get(client)
             if total is None:
                 total = self._totals[client] = ClientTotal()
             total.last_offset = max(total.last_offset, last_offset)
-            touched.append((window.skus, self._changed.setdefault(key, set()), total.sums))
+            touched.append((window.skus, self._changed[start, client], total.sums))
         self._changed_totals.update([clients[code] for _, code, *_ in groups])
         for group, code, *amounts in cells:
             of_window, changed, lifetime = touched[group]
@@ -209,17 +265,21 @@ class BatchMeter(Meter):
     # -- bounds, so that the kernel needs to know no sum and no window
 
     def _bound_sums(self) -> None:
-        """No sum is larger than `_largest_sum`, no window has more SKUs than `_widest`. Exact now and then,
-        and grown by what comes in between.
+        """No sum is larger than `_largest_sum`, no window has more SKUs than `_widest`, those that may come
+        back included. Exact now and then, and grown by what comes in between.
         """  # noqa: D205 - one sentence that needs two lines
         if self._largest_sum == UNKNOWN or self._largest_sum > INT64_MAX // 2:
-            sums = [total for window in self.windows.values() for total in window.skus.values()]
+            sums = [total for skus in self._skus_of_windows() for total in skus.values()]
             sums += [total.sums for total in self._totals.values()]
             self._largest_sum = max(
                 (max(abs(s.credits_micro), abs(s.free_credits_micro)) for s in sums), default=0
             )
         if self._widest == UNKNOWN or self._widest > SKUS_PER_WINDOW_MAX // 2:
-            self._widest = max((len(window.skus) for window in self.windows.values()), default=0)
+            self._widest = max(map(len, self._skus_of_windows()), default=0)
+
+    def _skus_of_windows(self) -> Iterator[Mapping[str, SkuTotal]]:
+        yield from (window.skus for window in self.windows.values())
+        yield from self._pasts.values()
 
     def _fold(self, event: UsageEvent, offset: int) -> None:
         super()._fold(event, offset)
@@ -264,6 +324,7 @@ class _Work:
         self.cell_table = np.full(slots, -1, np.int32)
         self.cells = np.empty((size, CELL_FIELDS), np.int64)
         self.counts = np.zeros(2, np.int64)
+        self.ended = np.empty(size, np.int64)
 
     def changes(self) -> tuple[list[list[int]], list[list[int]]]:
         """The windows and SKUs that changed since the last call."""
