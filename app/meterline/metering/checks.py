@@ -10,7 +10,7 @@ from meterline.metering.state import FORMAT_VERSION, RULE_VERSION, Counters, Met
 from meterline.settings import MeteringSettings
 from meterline.streaming.owner import LogRange
 
-__all__ = ["check_flood", "check_log", "check_windows", "first_meta"]
+__all__ = ["check_flood", "check_log", "check_range", "check_windows", "first_meta"]
 
 SkuKey = tuple[int, str, str]
 """Window start (ms), client, SKU."""
@@ -43,7 +43,7 @@ def first_meta(log: LogRange, in_ledger: tuple[int, int, int] | None, settings: 
     )
 
 
-def check_log(meta: Meta, log: LogRange, settings: MeteringSettings) -> None:
+def check_range(meta: Meta, log: LogRange) -> None:
     """The state must belong to this log, and the log must still hold what comes next.
 
     Raises:
@@ -69,6 +69,15 @@ def check_log(meta: Meta, log: LogRange, settings: MeteringSettings) -> None:
             f"offsets {log.end_offset}..{meta.applied_offset} were counted, but the log ends at "
             f"{log.end_offset - 1}: it was truncated",
         )
+
+
+def check_log(meta: Meta, log: LogRange, settings: MeteringSettings) -> None:
+    """State and log belong together, and this version and these settings go on with the state.
+
+    Raises:
+        PartitionHalted: with the exact range, or what was changed.
+    """
+    check_range(meta, log)
     if (meta.format, meta.rules) != (FORMAT_VERSION, RULE_VERSION):
         raise _halted(
             log,
