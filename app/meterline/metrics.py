@@ -2,7 +2,7 @@
 
 Base units (seconds, bytes), `_total` for counters, no client id as a label: there may be millions of them. A
 gauge of a partition is removed when the worker loses it: two workers must not tell of one partition.
-`tests/unit/test_metrics.py` holds the catalogue against the code that sets it and the page that explains it.
+Tests hold the catalogue against the code that sets it and the page that explains it.
 """
 
 from __future__ import annotations

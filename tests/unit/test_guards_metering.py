@@ -15,7 +15,7 @@ import pytest
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_to_record
 from meterline.domain.events import UsageEvent
-from meterline.domain.windows import SkuTotal
+from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal
 from meterline.errors import PartitionHalted
 from meterline.metering import owner as owner_module
 from meterline.metering.owner import MeteringOwner, MeteringTools
@@ -68,14 +68,15 @@ class World:
         self.dead_letters = []
         self.writes, self.dies_at, self.halted = 0, None, ""
         self.options = OPTIONS
+        self.wall_at_rest = START + 10**6
 
     # -- the log
 
-    def append(self, client, credits_micro, event_id=None, *, ago=0, fate="accepted"):
+    def append(self, client, credits_micro, event_id=None, *, ago=0, sku="gpu", fate="accepted"):
         """A record, and what must become of it."""
         offset = len(self.log)
         timestamp = START + 300 * offset
-        event = UsageEvent(event_id or f"e{offset}", client, "task", "gpu", credits_micro, timestamp - ago)
+        event = UsageEvent(event_id or f"e{offset}", client, "task", sku, credits_micro, timestamp - ago)
         self.log.append(Record(offset, timestamp, CODECS["usage-event"].encode(event_to_record(event))))
         self.fates[fate] += 1
         if fate == "accepted":
@@ -215,7 +216,7 @@ class World:
             self.now += 400
             await owner.flush()
         owner.on_caught_up(START + 10**6)
-        owner.on_idle(START + 10**6)
+        owner.on_idle(self.wall_at_rest)
         for _ in range(3):
             self.now += 5_000
             await owner.flush()
@@ -317,6 +318,78 @@ def test_nothing_of_a_recreated_topic_is_counted_under_the_old_state(new_world):
 
     assert world.books() == before
     assert "re-created" in world.halted
+
+
+# -- traffic of odd shapes
+
+
+def test_a_window_of_ten_thousand_skus_takes_what_a_record_can_hold(new_world):
+    """4,000 are billed, the others are dead letters of one client, which stop nobody."""
+    world = new_world()
+    for number in range(10_000):
+        world.append("acme", 3, ago=300 * len(world.log), sku=f"s{number}", fate=fate_of_sku(number))
+        if number % 100 == 0:
+            world.append("other", 5, ago=300 * len(world.log))
+
+    world.work(slice_length=2_000)
+
+    assert world.halted == ""
+    assert world.counted() == {"duplicates": 0} | dict(world.fates)
+    assert world.books() == [{"acme": 4_000 * 3, "other": 100 * 5}] * 3
+
+
+def fate_of_sku(number):
+    return "accepted" if number < SKUS_PER_WINDOW_MAX else "dead_letters"
+
+
+def test_an_event_far_in_the_future_closes_no_window(new_world):
+    """It is refused: those behind it are in time, and no snapshot is made of half a window."""
+    world = new_world()
+    world.append("acme", 1)
+    world.append("acme", 1_000, ago=-(10**12), fate="dead_letters")
+    world.append("acme", 1, ago=300)
+    world.append("other", 1, ago=600)
+    world.wall_at_rest = START  # nothing but events moves the watermark
+
+    world.work(slice_length=1)
+
+    assert world.windows == {}
+    world.wall_at_rest = START + 10**6
+    world.work()
+    assert world.books() == [world.owed()] * 3
+
+
+def test_a_client_with_half_of_all_usage_is_billed_like_the_others(new_world):
+    """In every chunk, window and flush it is there, with as many events as all the rest."""
+    world = new_world()
+    for number in range(300):
+        world.append("half", 7, ago=(number % 5) * 700)
+        world.append(f"client-{number % 30}", 11, ago=(number % 7) * 500)
+
+    world.work(slice_length=64)
+
+    assert world.books() == [{"half": 300 * 7} | {f"client-{n}": 10 * 11 for n in range(30)}] * 3
+
+
+@pytest.mark.parametrize("ahead", [1, -1], ids=["first ahead", "first behind"])
+def test_clocks_of_two_workers_ten_minutes_apart_change_no_credit(new_world, ahead):
+    """One closes windows by a clock that is ahead, the next one finds late what the log calls in time."""
+    ten_minutes = 600_000
+    world = new_world()
+    world.append_some()
+    world.now = world.wall_at_rest = START + ahead * ten_minutes
+    world.work(slice_length=4)
+    for number in range(40):
+        world.append("acme", 100 + number, ago=(number % 9) * 400)
+        world.append("other", 1, ago=(number % 4) * 900)
+    world.now = world.wall_at_rest = START - ahead * ten_minutes
+    world.work(slice_length=5)
+    world.wall_at_rest = START + 10**6
+    world.now = START + 10**6
+    world.work()
+
+    assert world.books() == [world.owed()] * 3
+    assert world.counted() == dict(world.fates)
 
 
 # -- the brake on dead letters
