@@ -353,6 +353,53 @@ def compare(log, options, plan, total):
         assert sides[0].state == sides[1].state
 
 
+FORGETFUL = MeteringSettings(
+    window_length_ms=LENGTH,
+    dedupe_horizon_ms=HORIZON,
+    allowed_lateness_ms=0,
+    keep_closed_windows_ms=0,
+    late_snapshot_interval_ms=0,
+)
+"""Of a worker that forgets a window as soon as it is published."""
+
+visits = st.tuples(
+    st.integers(0, 3),  # which window
+    st.sampled_from("xyz"),
+    st.sampled_from([1, 1, 2, 3]),
+    st.sampled_from([False, False, True]),  # a new batch begins
+    st.sampled_from([False, True]),  # and a flush, or else it is fed while others wait
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(visits, max_size=20), st.sampled_from([(1, 2**63 - 1), (2, 2**63 - 1), (4_000, 4)]))
+def test_limits_of_windows_that_come_back_are_the_same(visited, limits):
+    """The kernel adds up without their past: it must stop where a sum with it could pass a limit."""
+    batches = []
+    for number, (window, sku, credits_micro, new, flush) in enumerate(visited):
+        event = UsageEvent(f"e{number}", "a", "task", sku, credits_micro, LENGTH * (window - 5))
+        if new or not batches:
+            batches.append(([], flush))
+        value = encoded(event, CODEC.heads(1)[0], START)
+        batches[-1][0].append((FIRST + number, START, None, value, []))
+    sides = [Side(fast, FORGETFUL, first_state()) for fast in (False, True)]
+    now = START
+    with lowered(limits):
+        for records, flush in batches:
+            now += 1_000
+            for side in sides:
+                side.take(kafka_batches.batch(records[0][0], records), records[-1][0])
+            if flush:
+                plain, fast = (side.flush(now) for side in sides)
+
+                assert plain == fast
+            assert sides[0].memory() == sides[1].memory()
+        plain, fast = (side.flush(now + 9_000) for side in sides)
+
+    assert plain == fast
+    assert sides[0].ledger == sides[1].ledger
+
+
 def _end_of_batch(data, offset):
     """Chunks end where batches do."""
     return next(b.offset for b in kafka_batches.batches_of(data) if b.offset >= offset)

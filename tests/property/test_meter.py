@@ -352,6 +352,52 @@ def test_everything_that_is_said_is_a_function_of_the_log(log, options, plan, li
     assert model.windows(2**63) == {key: skus for key, (_, skus) in latest.items()}
 
 
+FORGETFUL = MeteringSettings(
+    window_length_ms=LENGTH,
+    dedupe_horizon_ms=HORIZON,
+    allowed_lateness_ms=0,
+    keep_closed_windows_ms=0,
+    late_snapshot_interval_ms=0,
+)
+"""Of a worker that forgets a window as soon as it is published."""
+
+visits = st.tuples(
+    st.integers(0, 3),  # which window
+    st.sampled_from("xyz"),
+    st.sampled_from([1, 1, 2, 3]),
+    st.sampled_from(["take", "take", "flush", "restart"]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(visits, max_size=20), st.sampled_from([Limits(skus=1), Limits(skus=2), Limits(4_000, 4)]))
+def test_limits_are_those_of_the_whole_window_whatever_memory_has_forgotten(visited, limits):
+    """A few windows, visited again and again, in memory or not: the first event too many is a dead letter."""
+    log = [
+        Record(
+            FIRST + number,
+            START + number,
+            UsageEvent(f"e{number}", "a", "task", sku, credits_micro, START - LENGTH * (5 - window)),
+        )
+        for number, (window, sku, credits_micro, _) in enumerate(visited)
+    ]
+    model = Model(log, limits)
+    worker = Worker(log, FORGETFUL)
+    with enforced(limits):
+        for _, _, _, step in visited:
+            worker.take(1)
+            if step != "take":
+                worker.commit(worker.build())
+            if step == "restart":
+                worker.restart(FORGETFUL)
+        run(worker, [])
+
+    assert {offset: row_of(record) for offset, record in model.accepted.items()} == worker.ledger
+    assert model.dead == worker.dead
+    newest = {(s.ref.start, s.ref.client_id): s.skus for s in worker.snapshots}
+    assert model.windows(2**63) == newest
+
+
 @settings(max_examples=250, deadline=None)
 @given(logs(), options_of_a_worker, steps)
 def test_totals_and_progress_are_true_for_ever(log, options, plan):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+from prometheus_client import REGISTRY
 
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_to_record
@@ -318,6 +319,30 @@ def test_nothing_of_a_recreated_topic_is_counted_under_the_old_state(new_world):
 
     assert world.books() == before
     assert "re-created" in world.halted
+
+
+def test_metrics_of_a_partition_are_there_as_long_as_it_is_ours(new_world):
+    """After a rebalance two workers would tell of it, one of them for ever the same."""
+    world = new_world()
+    world.append("acme", 1)
+    owner = MeteringOwner(0, world.tools())
+
+    async def work():
+        await owner.restore({}, world.range(), world.commit)
+        owner.feed(world.log)
+        await owner.flush()
+
+    asyncio.run(work())
+    world.now += 7_000
+
+    assert age_of_watermark() == 7.0 + (START - owner._meter.watermark) / 1000
+    assert REGISTRY.get_sample_value("meterline_dedupe_ids", {"partition": "0"}) == 1
+    owner.close()
+    assert age_of_watermark() is None
+
+
+def age_of_watermark():
+    return REGISTRY.get_sample_value("meterline_watermark_age_seconds", {"partition": "0"})
 
 
 # -- traffic of odd shapes

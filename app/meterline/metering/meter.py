@@ -10,7 +10,7 @@ in the ledger: the record waits, and all that come after it, until `add_past` ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -161,7 +161,6 @@ class Meter:
         self._waiting: list[Callable[[], None]] = []
         self._lacking: dict[WindowKey, None] = {}
         self._pasts: dict[WindowKey, dict[str, SkuTotal]] = {}
-        self._reach = meta.watermark
         self._totals: dict[str, ClientTotal] = {}
         self._unpublished_totals: set[str] = set()
         self._totals_published_at = 0
@@ -241,7 +240,12 @@ class Meter:
         if not reads:
             return
         self.next_offset = reads[-1][0].offset + 1
-        if self._knows(self._ended_windows(reads)):
+        windows = (
+            (window_start_of(event.occurred_at, self._length), event.client_id)
+            for _, event in reads
+            if isinstance(event, UsageEvent)
+        )
+        if self._knows(window for window in windows if self._has_ended(window[0])):
             self._decide(reads)
         else:
             self._waiting.append(partial(self._decide, reads))
@@ -257,25 +261,16 @@ class Meter:
             return record, DeadLetter(record, refusal.reason, refusal.detail, client)
         return record, event
 
-    def _ended_windows(self, reads: Iterable[Read]) -> Iterator[WindowKey]:
-        """Windows that may have ended before their event comes: only they can have been evicted.
+    def _has_ended(self, start: int) -> bool:
+        """Whether a window may have been evicted before the records that are handed over now.
 
-        May: by all that the records in front of it can do to the watermark, be they accepted or not.
+        That happens in flushes, and the watermark has not gone back since. Not asked of the time for which
+        windows are kept: that setting may have been smaller.
         """
-        self._reach = max(self._reach, self.watermark)
-        for _, event in reads:
-            if isinstance(event, UsageEvent):
-                start = window_start_of(event.occurred_at, self._length)
-                if start + self._length <= self._reach:
-                    yield start, event.client_id
-                self._reach = max(self._reach, event.occurred_at - self._settings.allowed_lateness_ms)
+        return start + self._length <= self.watermark
 
     def _knows(self, ended: Iterable[WindowKey]) -> bool:
-        """Whether records with these ended windows can be decided now. What lacks its past is noted.
-
-        Asked of every window that has ended, not of those past the time that windows are kept: that setting
-        may have been smaller.
-        """
+        """Whether records with these ended windows can be decided now. What lacks its past is noted."""
         self._lacking.update(
             dict.fromkeys(key for key in ended if key not in self.windows and key not in self._pasts)
         )

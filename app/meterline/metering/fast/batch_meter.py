@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -24,7 +24,6 @@ from meterline.metering.fast.fold import (
     GROUP_FIELDS,
     RULE_FIELDS,
     STATE_FIELDS,
-    ended_windows,
     fold_records,
 )  # fmt: skip
 from meterline.metering.fast.hashing import HASH_FIELDS, Scratch, hash_records
@@ -57,20 +56,29 @@ UNKNOWN = -1
 
 @dataclass(frozen=True, slots=True)
 class Scanned:
-    """A chunk after the scan. The rows of its records stand in the meter's arrays until the next scan.
+    """A chunk after the scan.
 
     Attributes:
         data: bytes of all its batches.
         starts: where each batch begins in them.
-        count: of records.
+        records: int64[records, FIELDS]: the meter's own array, which the next scan writes anew.
         odd: number of a record that is not ordinary -> what it is.
     """
 
     chunk: BatchedRecords
     data: Any
     starts: Sequence[int]
-    count: int
+    records: Any
     odd: Mapping[int, Read]
+
+    def record(self, number: int) -> Any:
+        """One record, taken out of its batch."""
+        batch, start = self.records[number, (BATCH, START)].tolist()
+        return self.chunk.batches[batch].record(start - self.starts[batch])[0]
+
+    def kept(self) -> Scanned:
+        """The same with an array of its own."""
+        return replace(self, records=self.records.copy())
 
 
 class BatchMeter(Meter):
@@ -136,13 +144,13 @@ class BatchMeter(Meter):
         if scanned is None:
             super().take(chunk)  # and let it say what is wrong
             return
-        if not scanned.count:
+        if not len(scanned.records):
             return
-        self.next_offset = int(self._work.records[scanned.count - 1, OFFSET]) + 1
-        if self._knows(self._ended_windows_of(scanned)):
+        self.next_offset = int(scanned.records[-1, OFFSET]) + 1
+        if self._knows(self._ended_windows(scanned)):
             self._decide_scanned(scanned)
         else:
-            self._waiting.append(partial(self._decide_batches, chunk))
+            self._waiting.append(partial(self._decide_scanned, scanned.kept()))
 
     def _scan(self, chunk: BatchedRecords) -> Scanned | None:
         """Read each record by itself; None if the batches are not what their headers say."""
@@ -158,60 +166,49 @@ class BatchMeter(Meter):
         if count > self._work.size:
             self._work = _Work(count)
         heads, heads_n = _heads_array(self._heads())
-        names = [names.lend(count, len(data)) for names in (self._clients, self._skus, self._sources)]
+        clients = self._clients.lend(count, len(data))
+        skus = self._skus.lend(count, len(data))
+        sources = self._sources.lend(count, len(data))
         records = self._work.records
-        scanned = scan_batches(data, table, chunk.first_offset, heads, heads_n, *names, records)
-        if scanned == CORRUPT:
+        count = scan_batches(data, table, chunk.first_offset, heads, heads_n, clients, skus, sources, records)
+        if count == CORRUPT:
             return None
-        starts = table[:, B_START].tolist()
-        odd = {}
-        for number in np.flatnonzero(records[:scanned, ORDINARY] == 0).tolist():
-            read = odd[number] = self._read(self._record(chunk, starts, number))
+        odd: dict[int, Read] = {}
+        scanned = Scanned(chunk, data, table[:, B_START].tolist(), records[:count], odd)
+        for number in np.flatnonzero(scanned.records[:, ORDINARY] == 0).tolist():
+            read = odd[number] = self._read(scanned.record(number))
             records[number, OCCURRED] = NONE if isinstance(read[1], DeadLetter) else read[1].occurred_at
-        return Scanned(chunk, data, starts, scanned, odd)
+        return scanned
 
-    def _record(self, chunk: BatchedRecords, starts: Sequence[int], number: int) -> Any:
-        batch, start = self._work.records[number, (BATCH, START)].tolist()
-        return chunk.batches[batch].record(start - starts[batch])[0]
-
-    def _ended_windows_of(self, scanned: Scanned) -> Iterator[WindowKey]:
-        """As `_ended_windows`."""
-        records, ended = self._work.records, self._work.ended
-        count, self._reach = ended_windows(
-            records, scanned.count, self._length, self._settings.allowed_lateness_ms,
-            max(self._reach, self.watermark), ended,
-        )  # fmt: skip
-        if not count:
+    def _ended_windows(self, scanned: Scanned) -> Iterator[WindowKey]:
+        occurred_at = scanned.records[:, OCCURRED]
+        starts = occurred_at - occurred_at % self._length
+        numbers = np.flatnonzero((occurred_at >= 0) & self._has_ended(starts))
+        if not len(numbers):
             return
-        numbers = ended[:count]
         clients = self._clients.texts()
-        odd = scanned.odd
-        fields = records[numbers][:, (OCCURRED, CLIENT_CODE)].tolist()
-        for number, (occurred_at, code) in zip(numbers.tolist(), fields, strict=True):
-            client = odd[number][1].client_id if number in odd else clients[code]
-            yield window_start_of(occurred_at, self._length), client
-
-    def _decide_batches(self, chunk: BatchedRecords) -> None:
-        """Decide what had to wait: other chunks were scanned since."""
-        scanned = self._scan(chunk)
-        assert scanned is not None, "it was read before"
-        self._decide_scanned(scanned)
+        codes = scanned.records[numbers, CLIENT_CODE].tolist()
+        for number, start, code in zip(numbers.tolist(), starts[numbers].tolist(), codes, strict=True):
+            odd = scanned.odd.get(number)
+            yield start, clients[code] if odd is None else cast(UsageEvent, odd[1]).client_id
 
     def _decide_scanned(self, scanned: Scanned) -> None:
-        work, count, odd = self._work, scanned.count, scanned.odd
-        hash_records(scanned.data, work.records, count, work.hashes, *self._scratch)
+        records, odd = scanned.records, scanned.odd
+        count = len(records)
+        hash_records(scanned.data, records, count, self._work.hashes, *self._scratch)
         self._index.make_room(count, self._appended_at)
         rows = self._encoded.lend(count, len(scanned.data))
         self._bound_sums()
         first = 0
-        while (first := self._fold_scanned(scanned.data, first, count, rows)) < count:
-            reads = [odd.get(first) or self._read(self._record(scanned.chunk, scanned.starts, first))]
+        while (first := self._fold_scanned(scanned, first, rows)) < count:
+            reads = [odd.get(first) or self._read(scanned.record(first))]
             while (first := first + 1) in odd:
                 reads.append(odd[first])  # a flood of poison is taken at one go
             self._decide(reads)
 
-    def _fold_scanned(self, data: Any, first: int, count: int, rows: tuple[Any, ...]) -> int:
+    def _fold_scanned(self, scanned: Scanned, first: int, rows: tuple[Any, ...]) -> int:
         """Run the kernel up to a record that is for the plain meter; which one, or the count."""
+        records = scanned.records
         work, settings = self._work, self._settings
         work.rules[:] = (
             self._length, settings.grace_ms, settings.allowed_lateness_ms, self._index.horizon_ms,
@@ -221,8 +218,8 @@ class BatchMeter(Meter):
         taken = self._index.taken
         work.state[:] = (self._undecided, self._appended_at, self.watermark, 0, 0, room, taken)
         stopped = fold_records(
-            data, work.records, work.hashes, first, count, work.rules, work.state, self._index.slots,
-            work.group_table, work.groups, work.cell_table, work.cells, work.counts, rows,
+            scanned.data, records, work.hashes, first, len(records), work.rules, work.state,
+            self._index.slots, work.group_table, work.groups, work.cell_table, work.cells, work.counts, rows,
         )  # fmt: skip
         self._undecided, self._appended_at, self.watermark, *counted, room_left, taken = work.state.tolist()
         self._skipped += counted[0]
@@ -324,7 +321,6 @@ class _Work:
         self.cell_table = np.full(slots, -1, np.int32)
         self.cells = np.empty((size, CELL_FIELDS), np.int64)
         self.counts = np.zeros(2, np.int64)
-        self.ended = np.empty(size, np.int64)
 
     def changes(self) -> tuple[list[list[int]], list[list[int]]]:
         """The windows and SKUs that changed since the last call."""

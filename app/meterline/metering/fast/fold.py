@@ -33,7 +33,7 @@ from meterline.metering.fast.scan import (
     TIMESTAMP,
 )  # fmt: skip
 
-__all__ = ["ended_windows", "fold_records", "slot_of"]
+__all__ = ["fold_records", "slot_of"]
 
 # Where the partition stands: the Meter's own numbers, lent to the kernel for the time of a call.
 NEXT_OFFSET, APPENDED_AT, WATERMARK, SKIPPED, DUPLICATES, ROOM, IDS = range(7)
@@ -233,32 +233,6 @@ def fold_records(
         state[NEXT_OFFSET] = row[OFFSET] + 1
         state[APPENDED_AT] = appended_at
     return count
-
-
-@compiled
-def ended_windows(
-    records: Any, count: int, length: int, lateness: int, watermark: int, ended: Any
-) -> tuple[int, int]:
-    """Note the records whose window may have ended before they come.
-
-    Args:
-        records: OCCURRED is below 0 where there is no event.
-        watermark: as far as it may have come before the first of them.
-        ended: int64[at least count]: their numbers.
-
-    Returns:
-        How many; and how far the watermark may come with them.
-    """
-    n = 0
-    for i in range(count):
-        occurred = records[i, OCCURRED]
-        if occurred < 0:
-            continue
-        if occurred - occurred % length + length <= watermark:
-            ended[n] = i
-            n += 1
-        watermark = max(watermark, occurred - lateness)
-    return n, watermark
 
 
 @compiled
