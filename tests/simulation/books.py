@@ -67,7 +67,7 @@ class Books:
         self.check()
         for partition, model in self._traffic.models.items():
             judged = model.published[-1].offset if model.published else None
-            meta = self._meta(partition)
+            meta = self.meta(partition)
             assert judged is None or (meta is not None and meta.applied_offset == judged), partition
             windows = {
                 (partition, *key): model.window(*key, END) for key in model.by_window
@@ -94,7 +94,7 @@ class Books:
         """Whether every record is accounted and every window and total is published."""
         self.check()
         for partition, model in self._traffic.models.items():
-            meta = self._meta(partition)
+            meta = self.meta(partition)
             if model.published and (meta is None or meta.applied_offset < model.published[-1].offset):
                 return False
             if any(
@@ -132,7 +132,7 @@ class Books:
         for record in self._news(CHANGELOG, partition):
             changed.add(record.key)
             if record.key == meta_key(partition):
-                before = self._meta(partition)
+                before = self.meta(partition)
                 after = Meta.from_bytes(record.value)
                 assert before is None or before.applied_offset <= after.applied_offset
             if record.value is None:
@@ -140,7 +140,8 @@ class Books:
             else:
                 state[record.key] = record.value
 
-    def _meta(self, partition):
+    def meta(self, partition):
+        """Where a partition stands, as committed; None before its first owner."""
         saved = self._state[partition].get(meta_key(partition))
         return None if saved is None else Meta.from_bytes(saved)
 
@@ -166,7 +167,7 @@ class Books:
         changed = self._changed[partition]
         if not changed:
             return
-        model, meta = self._traffic.models[partition], self._meta(partition)
+        model, meta = self._traffic.models[partition], self.meta(partition)
         applied, counters = meta.applied_offset, meta.counters
         counted = (counters.accepted, counters.duplicates, counters.dead_letters)
         assert model.counted(applied) == counted

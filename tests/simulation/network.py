@@ -26,6 +26,8 @@ class Connection:
             loses: asked when it arrives: "request" or "answer" if the connection breaks there, else None.
         """
         world = self._world
+        if not self._process.is_responsive:
+            await self._process.woken()  # stopped amid a callback: nothing leaves it until it goes on
         future = self._process.loop.create_future()
         world.messages += 1
         number = world.messages

@@ -46,6 +46,7 @@ class Worker:
         self.loop = VirtualLoop(world.clock, self._surprise)
         self.is_alive, self.is_stopped = True, False
         self.silences = 0
+        self._asleep = []
         self.ended = None
         self.engine = self._new_engine()
         self.kafka = self.engine._broker
@@ -111,7 +112,15 @@ class Worker:
         if self.is_alive and self.is_stopped:
             self.is_stopped = False
             self.silences += 1
+            for sleeper in self._asleep:
+                sleeper.set_result(None)
+            self._asleep.clear()
             self.world.later(self.world.latency(), lambda: self.is_responsive and self.world.group.heard(self))
+
+    async def woken(self):
+        """Wait until the process goes on; for ever, if it is dead."""
+        self._asleep.append(self.loop.create_future())
+        await self._asleep[-1]
 
     def leave(self):
         """SIGTERM: let go of everything, then leave the group, then end."""

@@ -26,7 +26,7 @@ PARTITIONS = (0, 1)
 LATENCIES_S = (0.001, 0.001, 0.001, 0.002, 0.005, 0.04, 0.15)
 LENGTH_MS, HORIZON_MS = 1_000, 60_000
 SILENT = structlog.make_filtering_bound_logger(logging.CRITICAL)
-STANDSTILL = 10_000
+STANDSTILL = 3_000
 """Callbacks at one instant; a flush takes fewer than a hundred."""
 RESTART_S = 0.3
 """What a supervisor takes to start a process again."""
@@ -52,9 +52,9 @@ class World:
         self.surprises = []
         """Errors that no product code may raise here."""
         self.plans = {}
-        """(name, step) -> what happens there: "kill" or "stop", and at which arrival."""
-        self.on_sent = self.on_served = None
-        """Called with each message's number and process: systematic crashes."""
+        """(name, step) -> ("kill" or "stop", at which arrival there)."""
+        self.on_step = self.on_sent = self.on_served = lambda *_: None
+        """Called with the process and its step, or its message's number: what a test does at that moment."""
         self.commits_to_lose = {}
         self._events = []
         self._numbers = count()
@@ -201,6 +201,7 @@ class World:
     def _reached(self, step):
         worker = self._current
         self.reached_steps.add(step)
+        self.on_step(worker, step)
         plan = self.plans.get((worker.name, step))
         if plan is None:
             return
@@ -221,12 +222,10 @@ class World:
         return Connection(self, process)
 
     def sent(self, process, number):
-        if self.on_sent:
-            self.on_sent(process, number)
+        self.on_sent(process, number)
 
     def served(self, process, number):
-        if self.on_served:
-            self.on_served(process, number)
+        self.on_served(process, number)
 
     def loses_commit(self, process):
         """Whether the connection breaks while this commit is under way, and on which side of it."""

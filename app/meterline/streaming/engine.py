@@ -259,7 +259,8 @@ class Engine:
     async def _wait_for_space(self) -> None:
         while (pending := self._pending()) >= self._limits.pending_max // 2:
             for held in self.partitions.values():
-                held.kick.set()
+                if held.owner.pending:  # the flush of nothing would end at once, and wake us, and so on
+                    held.kick.set()
             if pending < self._limits.pending_max:
                 return
             self._space.clear()
