@@ -22,7 +22,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     """
 
     def __init__(self, clock, on_error):
-        self.tasks = []
+        self.tasks = set()
         self._clock = clock
         self._on_error = on_error
         self._ready = deque()
@@ -62,7 +62,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         """Close all coroutines, so that none is closed by the garbage collector amid another history."""
         self._ready.clear()
         self._timers.clear()
-        for task in self.tasks:
+        for task in list(self.tasks):
             if not task.done():
                 task.get_coro().close()
         self.tasks.clear()
@@ -94,9 +94,8 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def create_task(self, coro, *, name=None, context=None):
         task = asyncio.Task(coro, loop=self, name=name, context=context)
         task._log_destroy_pending = False
-        if len(self.tasks) > 100:
-            self.tasks = [task for task in self.tasks if not task.done()]
-        self.tasks.append(task)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
         return task
 
     def get_debug(self):

@@ -25,6 +25,8 @@ CODECS = {
 LONG_POLL_S = 0.5
 """The broker holds an empty fetch so long."""
 LIMITS = EngineLimits(flush_interval_s=0.25, pending_max=12, idle_after_s=1.0)
+QUEUE_MAX = 3
+"""Chunks that wait to be delivered; beyond, nothing is fetched."""
 WINDOW_PARTITIONS = 2
 
 
@@ -52,7 +54,7 @@ class Worker:
         self.kafka = self.engine._broker
         self._positions, self._run_ends, self._seen = {}, {}, {}
         self._queue = deque()
-        self._arrived = asyncio.Event()
+        self._arrived, self._may_fetch = asyncio.Event(), asyncio.Event()
         self._assignment = 0
         self._flows = False
         self.loop.create_task(self._fetch_forever())
@@ -170,6 +172,8 @@ class Worker:
                 self._run_ends, self._seen = {}, {}
                 self._queue.clear()
                 self._flows = True
+                self._may_fetch.set()
+                self._arrived.set()
 
         self.loop.create_task(assigned())
 
@@ -181,9 +185,9 @@ class Worker:
 
     async def _fetch_forever(self):
         while True:
-            if not self._flows or not self._positions or len(self._queue) > 3:
-                await asyncio.sleep(0.02)
-                continue
+            while not self._flows or not self._positions or len(self._queue) > QUEUE_MAX:
+                self._may_fetch.clear()
+                await self._may_fetch.wait()
             number, positions = self._assignment, dict(self._positions)
             fetched = await self.kafka.fetch(USAGE_EVENTS, positions, self.world.fetch_max())
             if number != self._assignment or positions != self._positions:
@@ -208,9 +212,8 @@ class Worker:
             while not self._queue or not self._flows:
                 self._arrived.clear()
                 await self._arrived.wait()
-                if not self._flows:
-                    await asyncio.sleep(0.01)
             chunk = self._queue.popleft()
+            self._may_fetch.set()
             await self.engine.deliver(SimpleNamespace(value=chunk.value, ack=_nothing))
 
     def drop_chunk(self):

@@ -131,14 +131,13 @@ class World:
         self.now = until
 
     def _soonest(self):
-        times = [
-            timer
-            for worker in self.workers.values()
-            if worker.is_responsive and (timer := worker.loop.next_timer()) is not None
-        ]
-        if self._events:
-            times.append(self._events[0][0])
-        return min(times, default=None)
+        soonest = self._events[0][0] if self._events else None
+        for worker in self.workers.values():
+            if worker.is_responsive:
+                timer = worker.loop.next_timer()
+                if timer is not None and (soonest is None or timer < soonest):
+                    soonest = timer
+        return soonest
 
     def _run_ready(self):
         ran, turns = True, 0
