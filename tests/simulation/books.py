@@ -44,6 +44,7 @@ class Books:
 
     def check(self):
         """Nothing that is durable contradicts the log, or anything that was said before."""
+        self._traffic.notice_timeouts()
         assert self._world.surprises == []
         halted = {p: why for worker in self._world.workers.values() for p, why in worker.engine.halted.items()}
         assert halted == {}

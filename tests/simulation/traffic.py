@@ -56,8 +56,25 @@ class Traffic:
         """End the open transaction of a partition, if there is one."""
         if partition not in self._open:
             return
-        name, epoch, entries = self._open.pop(partition)
-        self._world.broker.end_transaction(name, epoch, committed=committed)
+        name, epoch, _ = self._open[partition]
+        if not self._is_given_up(partition):
+            self._world.broker.end_transaction(name, epoch, committed=committed)
+            self._close(partition, committed=committed)
+
+    def notice_timeouts(self):
+        """What the broker gave up, as it does when a producer takes too long, is aborted."""
+        for partition in list(self._open):
+            self._is_given_up(partition)
+
+    def _is_given_up(self, partition):
+        name, epoch, _ = self._open[partition]
+        given_up = self._world.broker.ids[name].epoch != epoch
+        if given_up:
+            self._close(partition, committed=False)
+        return given_up
+
+    def _close(self, partition, *, committed):
+        _, _, entries = self._open.pop(partition)
         self._world.tell_news()
         for entry in entries:
             entry[1] = committed
@@ -77,10 +94,6 @@ class Traffic:
             for client in model.by_client:
                 owed[client] = owed.get(client, 0) + model.total(client, 2**63)[1]
         return owed
-
-    @property
-    def open_partitions(self):
-        return set(self._open)
 
 
 def encoded(usage):
