@@ -216,8 +216,8 @@ MUTANTS = [
         edits=[
             Edit(
                 TRANSACTIONS,
-                "            transactional_id=transactional_id,\n",
-                '            transactional_id=f"{transactional_id}-{id(self)}",\n',
+                "        transactional_id=transactional_id,\n",
+                '        transactional_id=f"{transactional_id}-{asyncio.get_running_loop().time()}",\n',
             )
         ],
         tests=[FENCING],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -41,6 +40,7 @@ from meterline.metrics import (
     WINDOWS_PUBLISHED,
 )
 from meterline.settings import MeteringSettings
+from meterline.streaming.clock import wall_clock_ms
 from meterline.streaming.owner import Commit, CommitFn, LogRange, Output, PartitionOwner, SourceRecord
 from meterline.streaming.steps import Step, reached
 
@@ -71,6 +71,7 @@ class MeteringTools:
     dead_letters: RecordCodec
     window_partitions: int
     make_meter: MakeMeter
+    now_ms: Callable[[], int] = wall_clock_ms
 
 
 class MeteringOwner(PartitionOwner):
@@ -181,7 +182,7 @@ class MeteringOwner(PartitionOwner):
         await self._bring_pasts()
         check_flood(self._meter.brake.flood, self._log)
         with FLUSH_STEP_SECONDS.labels("build").time():
-            flush = self._meter.build_flush(time.time_ns() // 1_000_000)
+            flush = self._meter.build_flush(self._tools.now_ms())
         if flush is None:
             return
         reached(Step.FLUSH_BUILT)
