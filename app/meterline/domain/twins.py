@@ -1,7 +1,7 @@
 """Twins: later copies of an accepted event that metering could not recognise, and how each is taken back.
 
 A copy beyond the dedupe horizon, in another partition or in a topic that was made again is accepted like a
-new event. Which of several copies stands is decided by their places in the log alone: every audit says the same.
+new event. Which copy stands is decided by their places in the log alone: every audit says the same.
 """
 
 from __future__ import annotations

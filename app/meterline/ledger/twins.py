@@ -69,4 +69,4 @@ def copied_events(client: Client, appended_since_ms: int) -> Iterator[list[Copy]
 
 def _copy(row: tuple[object, ...]) -> Copy:
     *values, is_corrected = row
-    return Copy(*values, bool(is_corrected))  # type: ignore[arg-type]  # the columns are in its order
+    return Copy._make([*values, bool(is_corrected)])  # the columns are in its order

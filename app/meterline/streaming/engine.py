@@ -22,7 +22,7 @@ from meterline.streaming.fatal import die
 from meterline.streaming.log_ranges import read_log_ranges
 from meterline.streaming.owner import Commit, LogRange, PartitionOwner
 from meterline.streaming.steps import Step, reached
-from meterline.streaming.transactions import FencedProducer
+from meterline.streaming.transactions import FencedProducer, transactional_id
 
 __all__ = ["Engine", "EngineLimits"]
 
@@ -183,9 +183,8 @@ class Engine:
     async def _restore(self, where: LogRange) -> OwnedPartition | None:
         """Fence first, then read: otherwise a commit of the previous owner could land after the read."""
         partition = where.partition
-        producer = FencedProducer(
-            self._kafka, f"{self._group}-{self.source_topic}-{partition}", self._changelog, partition
-        )
+        fence = transactional_id(self._group, self.source_topic, partition)
+        producer = FencedProducer(self._kafka, fence, self._changelog, partition)
         held = OwnedPartition(partition, self._make_owner(partition), producer)
         await producer.start()
         reached(Step.OWNER_FENCED)
