@@ -166,6 +166,7 @@ def _missing_rows(tools: RepairTools, plan: LedgerPlan) -> Iterator[list[_Row]]:
         if meter is None:
             meter = _meter_before(tools, plan, records[0].timestamp)
         meter.take(records)
+        _bring_pasts(tools, meter)
         # Its windows and totals are nobody's: what counts are the rows.
         flush = meter.build_flush(time.time_ns() // 1_000_000)
         if flush is None:
@@ -186,6 +187,15 @@ def _missing_rows(tools: RepairTools, plan: LedgerPlan) -> Iterator[list[_Row]]:
             )
         if rows := [row for row in decided if row[_COLUMN["offset"]] not in present]:
             yield rows
+
+
+def _bring_pasts(tools: RepairTools, meter: Meter) -> None:
+    """What the limits of windows that come back are judged with, as far as the ledger has it."""
+    while lacking := meter.windows_lacking_past():
+        applied = meter.meta.applied_offset
+        sums = tools.ledger.ask(queries.window_sums, [(ref, applied) for ref in lacking])
+        for ref, past in zip(lacking, sums, strict=True):
+            meter.add_past(ref, past)
 
 
 def _records(tools: RepairTools, plan: LedgerPlan) -> Iterator[list[LoggedRecord]]:
