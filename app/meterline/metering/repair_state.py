@@ -38,6 +38,7 @@ from meterline.metering.state import (
     Meta,
     aggregate_key,
     aggregate_value,
+    brake_key,
     meta_key,
     parse_total_key,
     parse_total_value,
@@ -270,6 +271,8 @@ def _rebuilt(
     )
     state = _state_from_rows(tools, where, meta, keep_published=keep_published)
     state[meta_key(log.partition)] = meta.to_bytes()
+    if (brake := evidence.state.get(brake_key(log.partition))) is not None:
+        state[brake_key(log.partition)] = brake  # a repair lets no flood pass
     check_log(meta, log, tools.metering)
     _check_kept(tools, _meter(tools, log.partition, meta, state), meta)
     changelog: list[tuple[bytes, bytes | None]] = [
