@@ -230,7 +230,7 @@ MUTANTS = [
         "never published",
         edits=[
             Edit(
-                "app/meterline/streaming/changelog.py",
+                "app/meterline/streaming/committed.py",
                 '"isolation.level": "read_committed"',
                 '"isolation.level": "read_uncommitted"',
             )

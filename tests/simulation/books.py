@@ -46,7 +46,9 @@ class Books:
         """Nothing that is durable contradicts the log, or anything that was said before."""
         self._traffic.notice_timeouts()
         assert self._world.surprises == []
-        halted = {p: why for worker in self._world.workers.values() for p, why in worker.engine.halted.items()}
+        halted = {
+            p: why for worker in self._world.workers.values() for p, why in worker.engine.halted.items()
+        }
         assert halted == {}
         self._check_rows()
         for partition in PARTITIONS:
@@ -70,9 +72,7 @@ class Books:
             judged = model.published[-1].offset if model.published else None
             meta = self.meta(partition)
             assert judged is None or (meta is not None and meta.applied_offset == judged), partition
-            windows = {
-                (partition, *key): model.window(*key, END) for key in model.by_window
-            }
+            windows = {(partition, *key): model.window(*key, END) for key in model.by_window}
             said = {key: skus for key, (_, skus) in self.snapshots.items() if key[0] == partition}
             assert windows == said
             totals = {(partition, client): model.total(client, END) for client in model.by_client}

@@ -42,7 +42,9 @@ class SimulatedLog:
     async def fetch(self, topic, positions, records_max):
         """Read_committed, several partitions at once: partition -> Fetched."""
         fetch = self._world.broker.fetch
-        return await self._fetches.call(lambda: {p: fetch(topic, p, positions[p], records_max) for p in positions})
+        return await self._fetches.call(
+            lambda: {p: fetch(topic, p, positions[p], records_max) for p in positions}
+        )
 
     def close(self):
         """Connections end with their process."""

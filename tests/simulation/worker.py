@@ -117,7 +117,9 @@ class Worker:
             for sleeper in self._asleep:
                 sleeper.set_result(None)
             self._asleep.clear()
-            self.world.later(self.world.latency(), lambda: self.is_responsive and self.world.group.heard(self))
+            self.world.later(
+                self.world.latency(), lambda: self.is_responsive and self.world.group.heard(self)
+            )
 
     async def woken(self):
         """Wait until the process goes on; for ever, if it is dead."""
@@ -146,9 +148,7 @@ class Worker:
     # -- the group's side
 
     def _join_soon(self):
-        self.world.later(
-            self.world.latency(), lambda: self.is_responsive and self.world.group.join(self)
-        )
+        self.world.later(self.world.latency(), lambda: self.is_responsive and self.world.group.join(self))
 
     def revoke(self):
         """The heartbeat says that partitions may be lost. Faust waits for this before it joins again."""

@@ -275,11 +275,7 @@ def test_a_crash_at_any_write_changes_no_credit():
 
 def test_a_crash_at_any_write_counts_every_record_once():
     """Accepted, duplicate or dead letter: each offset is one of them, in the committed counters."""
-    wrong = {
-        dies_at: world.counted()
-        for dies_at, world in lives()
-        if world.counted() != dict(world.fates)
-    }
+    wrong = {dies_at: world.counted() for dies_at, world in lives() if world.counted() != dict(world.fates)}
 
     assert wrong == {}
 

@@ -19,7 +19,7 @@ from meterline.streaming.consumer import CaughtUp
 from meterline.streaming.fatal import die
 from meterline.streaming.owner import Commit, LogRange, PartitionOwner
 from meterline.streaming.steps import Step, reached
-from meterline.streaming.transactions import FencedProducer
+from meterline.streaming.transactions import FencedProducer, transactional_id_of
 
 __all__ = ["Engine", "EngineLimits"]
 
@@ -178,7 +178,9 @@ class Engine:
     async def _restore(self, where: LogRange) -> OwnedPartition | None:
         """Fence first, then read: otherwise a commit of the previous owner could land after the read."""
         partition = where.partition
-        client = self._broker.transactional_client(f"{self._group}-{self.source_topic}-{partition}")
+        client = self._broker.transactional_client(
+            transactional_id_of(self._group, self.source_topic, partition)
+        )
         producer = FencedProducer(client, self._changelog, partition)
         held = OwnedPartition(partition, self._make_owner(partition), producer)
         await producer.start()

@@ -13,7 +13,7 @@ from meterline.settings import KafkaSettings
 from meterline.streaming.owner import Commit, Output
 from meterline.streaming.steps import Step, reached
 
-__all__ = ["FencedProducer", "TransactionalClient", "transactional_client"]
+__all__ = ["FencedProducer", "TransactionalClient", "transactional_client", "transactional_id_of"]
 
 TRANSACTION_TIMEOUT_MS = 15_000
 """An owner that stalls inside a transaction holds up readers at most this long (plus the coordinator's 10 s
@@ -26,6 +26,11 @@ REQUEST_BYTES_MAX = 2_000_000
 """A batch and its framing."""
 
 STOP_TIMEOUT_S = 5.0
+
+
+def transactional_id_of(group: str, source_topic: str, partition: int) -> str:
+    """The id under which a consumer group's owner of a partition commits: who starts last with it owns it."""
+    return f"{group}-{source_topic}-{partition}"
 
 
 class TransactionalClient(Protocol):
