@@ -71,7 +71,7 @@ class PartitionLog:
     def stable(self):
         return min((entries[0].offset for entries in self.open.values()), default=self.end)
 
-    def append(self, topic, partition, now_ms, key, value, headers=(), producer=None):
+    def append(self, topic, partition, now_ms, key, value, headers=(), producer=None):  # noqa: PLR0917 - a record
         record = Record(topic, partition, self.end, now_ms, key, value, tuple(headers))
         entry = Entry(self.end, record, producer is None)
         self.entries.append(entry)

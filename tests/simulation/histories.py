@@ -77,7 +77,7 @@ class MeteringHistories(RuleBasedStateMachine):
 
     @rule(partition=partitions, data=st.data())
     def publish_again(self, partition, data):
-        """A resend, or a task that ran again: another time; perhaps by another partitioner, or another amount."""
+        """A resend, or a task that ran again: another time; perhaps another partitioner, or amount."""
         known = [p.usage for p in self.traffic.models[partition].published if p.usage is not None]
         if not known:
             return

@@ -10,7 +10,7 @@ class LostAnswerError(Exception):
 class Connection:
     """One process's connection to one server: requests and answers keep their order.
 
-    A request that was sent arrives, even if the process is dead by then. An answer to a stopped process waits.
+    A request that was sent arrives, even if the process is dead by then. An answer to a stopped one waits.
     """
 
     def __init__(self, world, process):

@@ -128,7 +128,7 @@ def test_a_late_event_between_a_close_and_its_commit_makes_another_snapshot(told
 
 
 def test_an_event_that_comes_while_an_idle_partition_closes_is_charged(told):
-    """Wall time closes windows only behind the end of the log: whatever comes in between is late, not lost."""
+    """Wall time closes windows only behind the end of the log: what comes in between is late, not lost."""
     told.publish("first", 1_000)
     idled = []
 

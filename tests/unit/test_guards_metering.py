@@ -303,9 +303,9 @@ def test_nothing_of_a_recreated_topic_is_counted_under_the_old_state():
     assert "re-created" in world.halted
 
 
-def test_metrics_of_a_partition_are_there_as_long_as_it_is_ours(new_world):
+def test_metrics_of_a_partition_are_there_as_long_as_it_is_ours():
     """After a rebalance two workers would tell of it, one of them for ever the same."""
-    world = new_world()
+    world = World()
     world.append("acme", 1)
     owner = MeteringOwner(0, world.tools())
 
@@ -330,9 +330,9 @@ def age_of_watermark():
 # -- traffic of odd shapes
 
 
-def test_a_window_of_ten_thousand_skus_takes_what_a_record_can_hold(new_world):
+def test_a_window_of_ten_thousand_skus_takes_what_a_record_can_hold():
     """4,000 are billed, the others are dead letters of one client, which stop nobody."""
-    world = new_world()
+    world = World()
     for number in range(10_000):
         world.append("acme", 3, ago=300 * len(world.log), sku=f"s{number}", fate=fate_of_sku(number))
         if number % 100 == 0:
@@ -349,9 +349,9 @@ def fate_of_sku(number):
     return "accepted" if number < SKUS_PER_WINDOW_MAX else "dead_letters"
 
 
-def test_an_event_far_in_the_future_closes_no_window(new_world):
+def test_an_event_far_in_the_future_closes_no_window():
     """It is refused: those behind it are in time, and no snapshot is made of half a window."""
-    world = new_world()
+    world = World()
     world.append("acme", 1)
     world.append("acme", 1_000, ago=-(10**12), fate="dead_letters")
     world.append("acme", 1, ago=300)
@@ -366,9 +366,9 @@ def test_an_event_far_in_the_future_closes_no_window(new_world):
     assert world.books() == [world.owed()] * 3
 
 
-def test_a_client_with_half_of_all_usage_is_billed_like_the_others(new_world):
+def test_a_client_with_half_of_all_usage_is_billed_like_the_others():
     """In every chunk, window and flush it is there, with as many events as all the rest."""
-    world = new_world()
+    world = World()
     for number in range(300):
         world.append("half", 7, ago=(number % 5) * 700)
         world.append(f"client-{number % 30}", 11, ago=(number % 7) * 500)
@@ -379,10 +379,10 @@ def test_a_client_with_half_of_all_usage_is_billed_like_the_others(new_world):
 
 
 @pytest.mark.parametrize("ahead", [1, -1], ids=["first ahead", "first behind"])
-def test_clocks_of_two_workers_ten_minutes_apart_change_no_credit(new_world, ahead):
+def test_clocks_of_two_workers_ten_minutes_apart_change_no_credit(ahead):
     """One closes windows by a clock that is ahead, the next one finds late what the log calls in time."""
     ten_minutes = 600_000
-    world = new_world()
+    world = World()
     world.append_some()
     world.now = world.wall_at_rest = START + ahead * ten_minutes
     world.work(slice_length=4)
@@ -405,9 +405,9 @@ BRAKE_MAX, BRAKE_CLIENTS = 10, 5
 BRAKED = OPTIONS.model_copy(update={"brake_dead_letters_max": BRAKE_MAX, "brake_clients_min": BRAKE_CLIENTS})
 
 
-def flooded(new_world):
+def flooded():
     """Usage, then a deployment whose records nobody can read: of 30 clients, one after the other."""
-    world = new_world()
+    world = World()
     world.options = BRAKED
     world.append_some()
     for number in range(90):
@@ -417,9 +417,9 @@ def flooded(new_world):
 
 
 @pytest.mark.parametrize("slice_length", [1, 3, 40, 200])
-def test_a_flood_of_dead_letters_stops_before_it_is_sent(new_world, slice_length):
+def test_a_flood_of_dead_letters_stops_before_it_is_sent(slice_length):
     """The topic is not drained into the dead-letter topic; the records stay where they are, uncounted."""
-    world = flooded(new_world)
+    world = flooded()
 
     world.work(slice_length)
 
@@ -429,9 +429,9 @@ def test_a_flood_of_dead_letters_stops_before_it_is_sent(new_world, slice_length
     assert "BRAKE_DEAD_LETTERS_MAX" in world.halted
 
 
-def test_restarts_do_not_drain_the_flood_little_by_little(new_world):
+def test_restarts_do_not_drain_the_flood_little_by_little():
     """What was counted stands in the state: a supervisor that restarts for ever changes nothing."""
-    world = flooded(new_world)
+    world = flooded()
     world.work()
     sent, books = len(world.dead_letters), world.books()
     for _ in range(5):
@@ -441,9 +441,9 @@ def test_restarts_do_not_drain_the_flood_little_by_little(new_world):
     assert world.halted
 
 
-def test_after_the_brake_every_record_is_counted_once(new_world):
+def test_after_the_brake_every_record_is_counted_once():
     """The operator lets them pass: nothing was lost by the stop, and nothing is counted again."""
-    world = flooded(new_world)
+    world = flooded()
     world.work()
     world.options = OPTIONS.model_copy(update={"brake_dead_letters_max": 1_000})
 
@@ -454,9 +454,9 @@ def test_after_the_brake_every_record_is_counted_once(new_world):
     assert sorted(set(world.dead_letters)) == sorted(world.dead_letters)
 
 
-def test_the_poison_of_a_few_clients_stops_nobody(new_world):
+def test_the_poison_of_a_few_clients_stops_nobody():
     """However much of it: each record costs one dead letter, and the others are billed."""
-    world = new_world()
+    world = World()
     world.options = BRAKED
     world.append_some()
     for number in range(300):

@@ -27,6 +27,8 @@ from meterline.streaming.log_ranges import read_log_ranges, topic_partition_coun
 
 __all__ = ["lag"]
 
+WIDTH_MAX = 200
+
 
 def lag(
     account: Annotated[
@@ -44,7 +46,12 @@ def lag(
         partitions = [_as_json(one) for one in accounts]
         typer.echo(json.dumps({"adds_up": not problems, "partitions": partitions}))
     else:
-        Console().print(_account_table(accounts) if account else _lag_table(accounts))
+        table = _account_table(accounts) if account else _lag_table(accounts)
+        console = Console()
+        # Numbers are never broken into two lines: rather is a line too long for the screen.
+        wide = console.options.update(width=WIDTH_MAX)
+        console.width = max(console.width, console.measure(table, options=wide).maximum)
+        console.print(table)
         for problem in problems:
             typer.echo(problem, err=True)
     raise typer.Exit(1 if account and problems else 0)

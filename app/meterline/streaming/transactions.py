@@ -40,7 +40,7 @@ class TransactionalClient(Protocol):
         """Fence every earlier producer of the id; its open transaction is finished or aborted first."""
 
     async def stop(self) -> None:
-        """Let go of the connections. An open transaction stays open until somebody starts, or it times out."""
+        """Let go of the connections. An open transaction stays open until somebody starts or it times out."""
 
     async def begin_transaction(self) -> None:
         """Only a note in this process: the broker hears of it with the first batch."""
