@@ -87,17 +87,14 @@ def _lag_table(accounts: Sequence[OffsetAccount]) -> Table:
 
 def _account_table(accounts: Sequence[OffsetAccount]) -> Table:
     table = Table(title=f"What became of every offset of {USAGE_EVENTS}", show_footer=True)
-    rows = [
-        (one.offsets, one.accepted, one.duplicates, one.dead_letters, one.control, one.unknown, one.lag)
-        for one in accounts
-    ]
-    sums = [str(sum(column)) for column in zip(*rows, strict=True)]
+    names = ["offsets", "accepted", "duplicates", "dead_letters", "control", "unknown", "lag"]
+    if not any(one.unknown for one in accounts):
+        names.remove("unknown")  # after a repair alone
+    rows = [[getattr(one, name) for name in names] for one in accounts]
     table.add_column("partition", "all", justify="right")
     table.add_column("first..last")
-    for name, total in zip(
-        ("offsets", "accepted", "duplicates", "dead", "control", "unknown", "lag"), sums, strict=True
-    ):
-        table.add_column(name, total, justify="right")
+    for name, column in zip(names, zip(*rows, strict=True), strict=True):
+        table.add_column(name.removesuffix("_letters"), str(sum(column)), justify="right")
     table.add_column("adds up")
     for one, row in zip(accounts, rows, strict=True):
         span = f"{one.first}..{one.last}" if one.offsets else "none"
