@@ -13,6 +13,15 @@ BEGAN = pytest.StashKey[float]()
 """When a test's first phase began, in seconds of the wall clock."""
 
 
+def pytest_configure():
+    """Being told to end is Ctrl-C: a stack's processes outlive us by design, and must be taken along."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
 def pytest_report_header():
     return f"stack: {chosen_kind()} (METERLINE_TEST_STACK)"
 
@@ -43,16 +52,8 @@ def pytest_runtest_makereport(item, call):
 def stack():
     """Kafka, ClickHouse, Redis and the Stripe sandbox, topics and migrations applied."""
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    # Its processes outlive us by design: being told to end must take them along, as Ctrl-C does.
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        with running_stack(chosen_kind()) as running:
-            yield running
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with running_stack(chosen_kind()) as running:
+        yield running
 
 
 @pytest.fixture

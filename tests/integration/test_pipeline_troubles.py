@@ -14,8 +14,8 @@ from decimal import Decimal
 from itertools import chain
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException, Producer
-from confluent_kafka.admin import AdminClient, ConsumerGroupState
+from confluent_kafka import ConsumerGroupState, KafkaError, KafkaException, Producer
+from confluent_kafka.admin import AdminClient
 from tests.pipeline_books import WORKER_SETTINGS, Traffic, committed, log_ends, settle
 from tests.stacks import own_stack
 from tests.worker_processes import ALL, WorkerProcess, ended_in_the_end, until
