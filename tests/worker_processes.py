@@ -48,13 +48,16 @@ class WorkerProcess:
         _log_files.append(self.log_file)
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *, die_at: str = "", times: int = 1, command: Sequence[str] = ()) -> None:
-        """Start it; with `die_at` it kills itself when it reaches that step for the n-th time."""
-        crash = ["-m", "meterline.local.crash", self.kind, "--at", die_at, "--times", str(times)]
+    def start(
+        self, *, die_at: str = "", stop_at: str = "", times: int = 1, command: Sequence[str] = ()
+    ) -> None:
+        """Start it; it kills itself, or falls asleep, when it reaches that step for the n-th time."""
+        crash = ["-m", "meterline.local.crash", self.kind, "--at", die_at or stop_at, "--times", str(times)]
+        crash += ["--stop"] if stop_at else []
         plain = ["-m", "meterline", "worker", self.kind]
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                command or [sys.executable, *(crash if die_at else plain)],
+                command or [sys.executable, *(crash if die_at or stop_at else plain)],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
