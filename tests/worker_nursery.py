@@ -1,7 +1,7 @@
 """Worker processes that are forked from one that has imported everything: hundreds can die within minutes.
 
-A worker spends 3 s of CPU time on imports and compiled kernels before it does anything. Tests that kill it again
-and again would measure little else.
+A worker spends 3 s of CPU time on imports and compiled kernels before it does anything. Tests that kill it
+again and again would do little else.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """`make prove-metering`: a million events through two workers that are killed more than a hundred times.
 
-Real Kafka, ClickHouse's engine, two worker processes, 0.5 % copies and retried tasks, late events and poison. The
-workers die by SIGKILL at every step the code names, and at random moments; Kafka and ClickHouse are killed too.
-An independent checker (`metering_checker.py`) then holds raw ledger rows, the newest snapshots and the newest
-totals against the input file. In the end it must find what is planted: events that were never published, and
-twins that a producer with another partitioner made, exactly these and their credits.
+Real Kafka, ClickHouse's engine, 0.5 % copies and retried tasks, late events and poison. The workers die by
+SIGKILL at every step the code names, and at random moments; Kafka and ClickHouse are killed too. Then an
+independent checker (`metering_checker.py`) holds raw ledger rows, the newest snapshots and the newest totals
+against the input file. At last it must find what is planted: events that were never published, and twins that
+a producer with another partitioner made, exactly these and their credits.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ KILLS_PER_OUTAGE = 20
 WORKING_S_MAX = 180.0
 ACCOUNTED_S_MAX = 300.0
 QUIET_S = 12.0
-"""Longer than a window, the lateness, an idle moment and the cadence of late snapshots together: whatever is to be
-published has been."""
+"""Longer than a window, the lateness, an idle moment and the cadence of late snapshots together: whatever is
+due is published by then."""
 SETTLED_S_MAX = 180.0
 PLANTED_EVENTS = 7
 PLANTS = ("loss", "double")
@@ -152,7 +152,7 @@ class Run:
             until(lambda: is_accounted(self._places), "first progress", WORKING_S_MAX)
             for worker in self._workers:
                 worker.kill()
-            with Stream(publisher, events - 1_000, campaign.seconds_left) as stream:
+            with Stream(publisher, events - 1_000, campaign.seconds_left):
                 campaign.run()
                 running.enter_context(campaign.kept_running())
             planted = Plant()
@@ -186,7 +186,8 @@ class Run:
     def _tell(self, campaign: Campaign, verdict: Verdict) -> None:
         places = [*metering_steps(), ANYWHERE, TAKE_OVER]
         typer.echo(
-            f"workers killed {campaign.killed.total()} times in {campaign.seconds:.0f} s, after first progress:"
+            f"workers killed {campaign.killed.total()} times in {campaign.seconds:.0f} s, after first "
+            "progress:"
         )
         for place in places:
             typer.echo(f"  {place} {campaign.killed[place]}")

@@ -1,4 +1,4 @@
-"""What the proof of metering compares: the input file's lines, ledger rows, statements. Nothing of the product.
+"""What the proof of metering compares: lines of the input file, ledger rows, statements.
 
 Amounts are micro-credits, times milliseconds since the epoch.
 """

@@ -46,11 +46,12 @@ POISON_CLIENTS = 2
 """Of few clients, as in life; a flood from many would be a reason to stop."""
 REMEMBERED_MAX = 50_000
 """Events that may be sent again: from seconds to minutes ago."""
-FUTURE_MS = 4 * 365 * 86_400_000
+FUTURE_MS = 4_000_000_000_000
+"""The year 2096."""
 POISON_EVENTS = {
-    Reason.NEGATIVE_CREDITS: {"credits_micro": -5},
-    Reason.CREDITS_OUT_OF_RANGE: {"credits_micro": 2**62},
-    Reason.TIME_IN_FUTURE: {},
+    Reason.NEGATIVE_CREDITS: {"micro": -5},
+    Reason.CREDITS_OUT_OF_RANGE: {"micro": 2**62},
+    Reason.TIME_IN_FUTURE: {"occurred_at": FUTURE_MS},
     Reason.CONFLICT: {},
 }
 POISON_BYTES = {
@@ -113,13 +114,11 @@ class Lines:
         if reason is Reason.CONFLICT:  # the id of what was accepted just before, with other credits
             return event._replace(kind=POISON, micro=event.micro + 1, reason=reason.value)
         client = self._clients[self._chance.randrange(POISON_CLIENTS)]
-        line = Line(
-            POISON, f"poison-{self._events}", client, "poison", event.sku, 1, True, now_ms, reason.value
+        event_id, changed = f"poison-{self._events}", POISON_EVENTS.get(reason, {})
+        line = event._replace(
+            kind=POISON, event_id=event_id, client_id=client, reason=reason.value, occurred_at=now_ms
         )
-        changed = POISON_EVENTS.get(reason, {})
-        if reason is Reason.TIME_IN_FUTURE:
-            return line._replace(occurred_at=now_ms + FUTURE_MS)
-        return line._replace(micro=changed.get("credits_micro", 1))
+        return line._replace(**changed)
 
 
 class Publisher:

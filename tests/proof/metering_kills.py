@@ -1,6 +1,6 @@
 """Two metering workers that are killed all the time: at every step the code names, and anywhere in between.
 
-Each slot's worker is started with its next death in mind, dies, and is started again, as an orchestrator does.
+Each slot's worker is started with its next death in mind, dies, and is started again, as orchestrators do.
 Beside them Kafka and ClickHouse are killed and started again.
 """
 
@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -170,7 +170,7 @@ class Campaign:
         """Die and be started again until there is nothing left to die of."""
         worker, other = self.workers[slot], self.workers[1 - slot]
         while (kill := self._next()) is not None:
-            while not (code := self._die(worker, kill)) == -signal.SIGKILL:
+            while (code := self._die(worker, kill)) != -signal.SIGKILL:
                 self.ended[code] += 1
                 if time.monotonic() > self.deadline:
                     self._left.append(kill)
@@ -200,7 +200,7 @@ class Campaign:
         return worker.process.returncode
 
     @staticmethod
-    def _wait(is_so: object, seconds: float) -> bool:
+    def _wait(is_so: Callable[[], object], seconds: float) -> bool:
         deadline = time.monotonic() + seconds
         while not is_so():
             if time.monotonic() > deadline:

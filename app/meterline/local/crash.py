@@ -1,7 +1,7 @@
 """A worker that dies at a named step: `python -m meterline.local.crash metering --at STEP --times N`.
 
-For the demo's chaos and for crash tests. SIGKILL, from inside: nothing is flushed, nothing is told. With `--stop`
-it falls asleep there instead (SIGSTOP), until somebody sends SIGCONT: a process that stalls and wakes up.
+For the demo's chaos and for crash tests. SIGKILL, from inside: nothing is flushed, nothing is told. With
+`--stop` it falls asleep there instead (SIGSTOP), until SIGCONT comes: a process that stalls and wakes up.
 """
 
 from __future__ import annotations
