@@ -1,10 +1,11 @@
-"""A TCP proxy that can swallow a server's answers: what was asked is done, and nobody hears of it."""
+"""A TCP proxy that can lose a server's last answer: what was asked is done, and nobody hears of it."""
 
 from __future__ import annotations
 
 import socket
 import threading
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Self
 
 from meterline.local.ports import HOST
@@ -14,19 +15,25 @@ __all__ = ["DeafProxy"]
 CHUNK_BYTES = 65_536
 
 
-class DeafProxy:
-    """Passes bytes on between its own port and a server's, both ways.
+@dataclass(slots=True)
+class _Connection:
+    client: socket.socket
+    server: socket.socket
+    answers_left: int | None = None
+    """Passed on before the others are lost; None: all are."""
 
-    Attributes:
-        swallowed: bytes of answers that were not passed on.
+
+class DeafProxy:
+    """Passes bytes on between its own port and ClickHouse's native one, both ways.
+
+    While `deaf`, an INSERT hears which columns the server expects, sends its rows, and then nothing any more.
     """
 
     def __init__(self, server_port: int) -> None:
+        self.deaf = False
         self._server_port = server_port
         self._listener = socket.create_server((HOST, 0))
         self.port = self._listener.getsockname()[1]
-        self.swallowed = 0
-        self._deaf = False
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -35,28 +42,35 @@ class DeafProxy:
     def __exit__(self, *_: object) -> None:
         self._listener.close()
 
-    def swallow_answers(self, deaf: bool) -> None:  # noqa: FBT001 - on and off
-        """From now on, on every connection."""
-        self._deaf = deaf
-
     def _accept(self) -> None:
         with suppress(OSError):  # closed
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection((HOST, self._server_port))
-                for source, target, is_answer in ((client, server, False), (server, client, True)):
-                    threading.Thread(
-                        target=self._pass_on, args=(source, target, is_answer), daemon=True
-                    ).start()
+                both = _Connection(client, socket.create_connection((HOST, self._server_port)))
+                for ask in (self._ask, self._answer):
+                    threading.Thread(target=ask, args=(both,), daemon=True).start()
 
-    def _pass_on(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:  # noqa: FBT001
+    def _ask(self, both: _Connection) -> None:
         with suppress(OSError):
-            while data := source.recv(CHUNK_BYTES):
-                if is_answer and self._deaf:
-                    self.swallowed += len(data)
-                else:
-                    target.sendall(data)
-        for end in (source, target):
+            while data := both.client.recv(CHUNK_BYTES):
+                if self.deaf and b"INSERT INTO" in data:
+                    both.answers_left = 1
+                both.server.sendall(data)
+        self._close(both)
+
+    def _answer(self, both: _Connection) -> None:
+        with suppress(OSError):
+            while data := both.server.recv(CHUNK_BYTES):
+                if both.answers_left is None:
+                    both.client.sendall(data)
+                elif both.answers_left:
+                    both.answers_left -= 1
+                    both.client.sendall(data)
+        self._close(both)
+
+    @staticmethod
+    def _close(both: _Connection) -> None:
+        for end in (both.client, both.server):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
             end.close()

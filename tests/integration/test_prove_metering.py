@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from tests.proof.metering_kills import ANYWHERE, TAKE_OVER, metering_steps
-from tests.stacks import chosen_kind
 
 ROOT = Path(__file__).parents[2]
 RUN_S_MAX = 280
@@ -19,8 +18,6 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(RUN_S_MAX + 20)]
 
 def test_nothing_is_lost_or_counted_twice_whatever_is_killed():
     """`python -m tests.proof.metering` with fewer events and kills; what is planted is found, exactly."""
-    if chosen_kind() != "local":
-        pytest.skip("the proof kills processes of the local stack")
     said = subprocess.run(
         [sys.executable, "-m", "tests.proof.metering", "--events", "60000", "--kills", "20"],
         cwd=ROOT,

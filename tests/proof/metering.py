@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Container, Sequence
 from contextlib import ExitStack
 from itertools import islice
@@ -30,7 +31,7 @@ from tests.proof.metering_kills import ANYWHERE, TAKE_OVER, Campaign, metering_s
 from tests.proof.quota_evidence import Places
 from tests.stacks import RunningStack, running_stack
 from tests.worker_nursery import NurseryWorker
-from tests.worker_processes import ended_in_the_end, until
+from tests.worker_processes import ended_in_the_end, kept_running, until
 
 from meterline.contracts.files import schemas_dir
 from meterline.demo.workers import replayed_offsets
@@ -141,7 +142,8 @@ class Run:
         """The whole run; what is wrong."""
         publisher = Publisher(self._stack.settings, self._folder / "input.csv", Lines(self._seed))
         outages = OUTAGES * max(1, kills // KILLS_PER_OUTAGE // len(OUTAGES))
-        campaign = Campaign(self._stack, self._workers, plan_kills(kills, self._seed), outages, deadline)
+        plan = plan_kills(kills, self._seed)
+        campaign = Campaign(self._stack, self._workers, plan, outages, deadline, typer.echo)
         with ExitStack() as running:
             running.enter_context(ended_in_the_end(*self._workers))
             running.enter_context(publisher)
@@ -154,12 +156,12 @@ class Run:
                 worker.kill()
             with Stream(publisher, events - 1_000, campaign.seconds_left):
                 campaign.run()
-                running.enter_context(campaign.kept_running())
+                ended = running.enter_context(kept_running(*self._workers))
             planted = Plant()
             if plant:
                 planted.make([plant], publisher, self._partitions())
             verdict = self._settled_verdict()
-            self._tell(campaign, verdict)
+            self._tell(campaign, campaign.ended + ended, verdict)
             problems = [*campaign.problems, *([] if verdict.is_conserved else [verdict.summary])]
             if not plant and not problems:
                 planted.make(PLANTS, publisher, self._partitions())
@@ -183,7 +185,7 @@ class Run:
                 said, since = now, time.monotonic()
         return judge(gather(self._places, self._folder / "input.csv", WINDOW_MS))
 
-    def _tell(self, campaign: Campaign, verdict: Verdict) -> None:
+    def _tell(self, campaign: Campaign, ended: Counter[int], verdict: Verdict) -> None:
         places = [*metering_steps(), ANYWHERE, TAKE_OVER]
         typer.echo(
             f"workers killed {campaign.killed.total()} times in {campaign.seconds:.0f} s, after first "
@@ -192,8 +194,8 @@ class Run:
         for place in places:
             typer.echo(f"  {place} {campaign.killed[place]}")
         services = ", ".join(f"{name} {count} times" for name, count in campaign.outages.items()) or "none"
-        ended = ", ".join(f"{count} with {code}" for code, count in sorted(campaign.ended.items())) or "none"
-        typer.echo(f"services killed: {services}; workers that ended by themselves: {ended}")
+        by_code = ", ".join(f"{count} with {code}" for code, count in sorted(ended.items())) or "none"
+        typer.echo(f"services killed: {services}; workers that ended by themselves: {by_code}")
         typer.echo(
             f"{replayed_offsets(self._workers):,} offsets read again although their rows were in the ledger"
         )

@@ -13,9 +13,8 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
@@ -44,6 +43,7 @@ SECONDS_OF_A_KILL = 3.0
 """Before the first one tells: start, restore and some commits take so long on two slots."""
 OUTAGE_S = 1.5
 LOOK_S = 0.05
+SAID_EACH = 10
 COMMITS = re.compile(r"^meterline_commits_total (\S+)", re.MULTILINE)
 CALL = re.compile(r"\breached\(Step\.(\w+)\)")
 
@@ -102,6 +102,7 @@ class Campaign:
     plan: Sequence[Kill]
     outages_planned: Sequence[str]
     deadline: float
+    say: Callable[[str], object]
     killed: Counter[str] = field(default_factory=Counter)
     outages: Counter[str] = field(default_factory=Counter)
     ended: Counter[int] = field(default_factory=Counter)
@@ -144,26 +145,6 @@ class Campaign:
         if missed:
             self.problems.append(f"services not killed: {dict(missed)}")
 
-    @contextmanager
-    def kept_running(self) -> Iterator[None]:
-        """Whichever worker ends meanwhile is started again."""
-        stop = threading.Event()
-
-        def watch() -> None:
-            while not stop.wait(LOOK_S):
-                for worker in self.workers:
-                    if (code := worker.process.poll()) is not None:
-                        self.ended[code] += 1
-                        worker.start()
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            watcher.join()
-
     # -- one slot
 
     def _live(self, slot: int) -> None:
@@ -177,6 +158,8 @@ class Campaign:
                     return worker.start()
             with self._lock:
                 self.killed[kill.at] += 1
+                if not (done := self.killed.total()) % SAID_EACH:
+                    self.say(f"{done} of {len(self.plan)} kills, {time.monotonic() - self.began:.0f} s")
             if kill.at == TAKE_OVER:
                 self._wait(lambda: other.partitions() == ALL, TAKEN_OVER_S_MAX)
         worker.start()
