@@ -6,16 +6,18 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from meterline.local.ports import HOST, free_ports
 
-__all__ = ["ALL", "WorkerProcess", "ended_in_the_end", "logs_written_since", "until"]
+__all__ = ["ALL", "WorkerProcess", "ended_in_the_end", "kept_running", "logs_written_since", "until"]
 
 START_S_MAX = 120.0
 """A worker is ready in 4 s on free cores; a busy machine has taken 40 s."""
@@ -48,13 +50,16 @@ class WorkerProcess:
         _log_files.append(self.log_file)
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, *, die_at: str = "", times: int = 1, command: Sequence[str] = ()) -> None:
-        """Start it; with `die_at` it kills itself when it reaches that step for the n-th time."""
-        crash = ["-m", "meterline.local.crash", self.kind, "--at", die_at, "--times", str(times)]
+    def start(
+        self, *, die_at: str = "", stop_at: str = "", times: int = 1, command: Sequence[str] = ()
+    ) -> None:
+        """Start it; it kills itself, or falls asleep, when it reaches that step for the n-th time."""
+        crash = ["-m", "meterline.local.crash", self.kind, "--at", die_at or stop_at, "--times", str(times)]
+        crash += ["--stop"] if stop_at else []
         plain = ["-m", "meterline", "worker", self.kind]
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                command or [sys.executable, *(crash if die_at else plain)],
+                command or [sys.executable, *(crash if die_at or stop_at else plain)],
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -127,6 +132,30 @@ def logs_written_since(wall_s: float) -> str:
     """Names and last lines of the logs of all workers that said something since then; empty if none did."""
     written = [file for file in _log_files if file.exists() and file.stat().st_mtime >= wall_s]
     return "\n".join(f"{file}\n{tail_of(file)}\n" for file in written)
+
+
+@contextmanager
+def kept_running(*workers: WorkerProcess) -> Iterator[Counter[int]]:
+    """Start again whichever ends meanwhile, as an orchestrator does; counts their exit codes.
+
+    On a busy machine one that stalls beyond its session is fenced, and ends to be started again.
+    """
+    stop, ended = threading.Event(), Counter[int]()
+
+    def watch() -> None:
+        while not stop.wait(POLL_S):
+            for worker in workers:
+                if (code := worker.process.poll()) is not None:
+                    ended[code] += 1
+                    worker.start()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield ended
+    finally:
+        stop.set()
+        watcher.join()
 
 
 @contextmanager

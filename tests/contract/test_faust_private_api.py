@@ -25,6 +25,7 @@ from aiokafka.consumer.subscription_state import (
 )
 from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.structs import TopicPartition
+from faust.assignor.partition_assignor import PartitionAssignor
 from faust.serializers.schemas import Schema
 from faust.stores.memory import Store as MemoryStore
 from faust.tables import recovery
@@ -42,6 +43,17 @@ from meterline.streaming.tables import CommittedTable, CommittedTables
 
 VERSIONS = {"faust-streaming": "0.15.3", "mode-streaming": "0.7.1", "aiokafka": "0.14.0"}
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+
+PLAN = WorkerPlan(
+    name="contract",
+    source_topic="usage.events",
+    other_topics=(),
+    limits=EngineLimits(0.1, 1_000, 1.0),
+    web_port=6066,
+    open=None,
+    before_fencing=None,
+    close=None,
+)
 
 SIGNATURES = {
     # Overridden: called by Faust with these.
@@ -225,17 +237,7 @@ def test_the_app_is_built_of_our_parts():
     """Table manager, table, transport, consumer and its thread; the consumer reads committed records."""
 
     async def build():
-        plan = WorkerPlan(
-            name="contract",
-            source_topic="usage.events",
-            other_topics=(),
-            limits=EngineLimits(0.1, 1_000, 1.0),
-            web_port=6066,
-            open=None,
-            before_fencing=None,
-            close=None,
-        )
-        app = build_app(plan, Settings())
+        app = build_app(PLAN, Settings())
         thread = app.consumer._new_consumer_thread()
         consumer = thread._create_worker_consumer(app.transport)
         return (
@@ -267,3 +269,18 @@ def test_a_crash_of_the_agent_ends_the_worker():
     """Restarting it would go on behind a record that was lost in the crash."""
     assert issubclass(mode.CrashingSupervisor, mode.SupervisorStrategy)
     assert "crash" in inspect.getsource(mode.CrashingSupervisor)
+
+
+@pytest.mark.parametrize("id_", ["pod-1", "räck 3/b"])
+def test_a_static_member_keeps_its_address_on_another_port(monkeypatch, id_):
+    """Faust refuses the assignment that the broker kept for it if it is addressed to another one."""
+    monkeypatch.setenv("METERLINE_WORKER__INSTANCE_ID", id_)
+    addresses = set()
+    for port in ("6066", "7066"):
+        monkeypatch.setenv("METERLINE_WORKER__WEB_PORT", port)
+        addresses.add(str(build_app(PLAN, Settings()).conf.canonical_url))
+    monkeypatch.setenv("METERLINE_WORKER__INSTANCE_ID", "another")
+    addresses.add(str(build_app(PLAN, Settings()).conf.canonical_url))
+
+    assert len(addresses) == 2
+    assert "assert metadata.url == str(self._url)" in inspect.getsource(PartitionAssignor.on_assignment)

@@ -1,41 +1,39 @@
-"""A worker that dies at any named step leaves nothing to repair: everything counted once, billed once."""
+"""A billing worker that dies at any named step leaves nothing to repair: everything billed once.
+
+Metering workers die at every step in `test_prove_metering.py`; here one runs beside it.
+"""
 
 from __future__ import annotations
 
 import signal
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tests.pipeline_books import WORKER_SETTINGS, Traffic, settle
+from tests.proof.metering_kills import metering_steps
 from tests.stacks import own_stack
-from tests.worker_processes import WorkerProcess, ended_in_the_end, until
+from tests.worker_nursery import NurseryWorker
+from tests.worker_processes import ended_in_the_end, kept_running, until
 
 from meterline.streaming.steps import Step
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(280)]
 
-TAKE_OVER = dict.fromkeys((Step.OWNER_FENCED, Step.STATE_READ, Step.STATE_RESTORED), 2)
-"""The second partition of four: some are taken over, some are not."""
-COMMITTING = dict.fromkeys(
-    (Step.TRANSACTION_BEGUN, Step.TRANSACTION_PRODUCED, Step.TRANSACTION_COMMITTED, Step.COMMIT_APPLIED), 9
-)
-"""More often than there are partitions: at least one of them has committed in this process."""
-CASES = {
-    "metering": {Step.FLUSH_BUILT: 9, Step.ROWS_INSERTED: 9} | COMMITTING | TAKE_OVER,
-    "billing": {
-        Step.INTENT_IN_LEDGER: 5,
-        Step.ATTEMPT_IN_LEDGER: 5,
-        Step.STRIPE_ANSWERED: 5,
-        Step.FLUSH_BUILT: 9,
-    }
-    | COMMITTING
-    | TAKE_OVER,
+TIMES = {
+    # The second partition of four: some are taken over, some are not.
+    Step.OWNER_FENCED: 2,
+    Step.STATE_READ: 2,
+    Step.STATE_RESTORED: 2,
+    # More often than there are partitions: at least one of them has committed in this process.
+    Step.FLUSH_BUILT: 9,
+    Step.TRANSACTION_BEGUN: 9,
+    Step.TRANSACTION_PRODUCED: 9,
+    Step.TRANSACTION_COMMITTED: 9,
+    Step.COMMIT_APPLIED: 9,
+    Step.INTENT_IN_LEDGER: 5,
+    Step.ATTEMPT_IN_LEDGER: 5,
+    Step.STRIPE_ANSWERED: 5,
 }
-"""Worker -> step -> at which arrival there it dies."""
-
-DEATH_S_MAX = 120
-PLACES = [(kind, step) for kind, steps in CASES.items() for step in steps]
-
+"""Step -> at which arrival there it dies."""
 
 stack = own_stack()
 """Every record of its topics is ours."""
@@ -43,60 +41,51 @@ stack = own_stack()
 
 @pytest.fixture(scope="module")
 def aftermath(stack, tmp_path_factory):
-    """Both workers have died everywhere while events flowed; the rest was published to healthy ones.
+    """It has died everywhere while events flowed; the rest was published to a healthy one.
 
     How each process ended, and what the books say in the end.
     """
     environment = stack.process_environment() | WORKER_SETTINGS
     folder = tmp_path_factory.mktemp("workers")
-    workers = {
-        kind: WorkerProcess(kind, environment, folder, METERLINE_WORKER__INSTANCE_ID=f"{kind}-1")
-        for kind in CASES
-    }
+    metering, billing = (
+        NurseryWorker(kind, environment, folder, METERLINE_WORKER__INSTANCE_ID=f"{kind}-1")
+        for kind in ("metering", "billing")
+    )
     traffic = Traffic(stack)
-
-    def die_everywhere(kind):
-        worker, ends = workers[kind], {}
-        for step, times in CASES[kind].items():
-            worker.start(die_at=step, times=times)
-            ends[kind, step] = worker.wait(DEATH_S_MAX)
-        worker.start()
-        return ends
-
-    with ended_in_the_end(*workers.values()):
-        with traffic.flowing(), ThreadPoolExecutor(len(CASES)) as threads:
-            _work_and_die(workers)
-            deaths = [threads.submit(die_everywhere, kind) for kind in CASES]
-            ends = {place: code for death in deaths for place, code in death.result().items()}
-        for worker in workers.values():
-            until(worker.is_ready, f"{worker.kind} is ready")
+    with ended_in_the_end(metering, billing):
+        metering.start()
+        with kept_running(metering), traffic.flowing():
+            _bill_and_die(billing)
+            ends = {}
+            for step, times in TIMES.items():
+                billing.start(die_at=step, times=times)
+                ends[step] = billing.wait()
+            billing.start()
+        until(billing.is_ready, "billing is ready")
         traffic.publish(500)
         traffic.close()
         yield ends, settle(stack, traffic)
 
 
-def _work_and_die(workers):
-    """First progress: Stripe has accepted a usage record. Then both die wherever they are."""
-    for worker in workers.values():
-        worker.start()
-    billing = workers["billing"]
+def _bill_and_die(billing):
+    """First progress: Stripe has accepted a usage record. Then it dies wherever it is."""
+    billing.start()
     accepted = 'meterline_stripe_requests_total{outcome="accepted"}'
     until(lambda: accepted in billing.get("/metrics")[1], "a usage record is accepted")
-    for worker in workers.values():
-        worker.kill()
+    billing.kill()
 
 
 def test_every_step_has_a_crash():
     """A step that the code announces and nobody dies at would be a promise without a proof."""
-    assert set(Step) == {step for _, step in PLACES}
+    assert set(Step) == {*TIMES, *metering_steps()}
 
 
-@pytest.mark.parametrize(("kind", "step"), PLACES)
-def test_the_worker_died_there(aftermath, kind, step):
+@pytest.mark.parametrize("step", TIMES)
+def test_the_worker_died_there(aftermath, step):
     """By its own SIGKILL, which it sends at the step and nowhere else."""
     ends, _ = aftermath
 
-    assert ends[kind, step] == -signal.SIGKILL
+    assert ends[step] == -signal.SIGKILL
 
 
 def test_after_all_crashes_the_books_are_exact(aftermath):

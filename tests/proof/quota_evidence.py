@@ -26,7 +26,7 @@ from redis.exceptions import RedisError
 from tests.proof.quota_books import BucketNow, Event, Evidence, Sample, TaskBook
 from tests.proof.task_log import now_ms, read_lines
 
-__all__ = ["Observer", "Places", "committed", "gather", "read_bucket"]
+__all__ = ["Observer", "Places", "committed", "decoder", "gather", "read_bucket"]
 
 KAFKA_S_MAX = 60.0
 SINGLE_OBJECT_HEADER = 10
@@ -188,7 +188,7 @@ def committed(kafka: str, topic: str) -> list[Message]:
 
 
 def _log(places: Places, client_id: str) -> list[Event]:
-    read = _decoder(places, "usage-event")
+    read = decoder(places, "usage-event")
     events = []
     for message in committed(places.kafka, "usage.events"):
         if message.key() == client_id.encode():
@@ -199,7 +199,7 @@ def _log(places: Places, client_id: str) -> list[Event]:
 
 
 def _granted(places: Places, client_id: str) -> list[tuple[int, int]]:
-    read = _decoder(places, "credit-grant")
+    read = decoder(places, "credit-grant")
     by_id: dict[str, tuple[int, int]] = {}
     for message in committed(places.kafka, "credit.grants"):
         said = read(message.value())
@@ -210,7 +210,7 @@ def _granted(places: Places, client_id: str) -> list[tuple[int, int]]:
 
 def _totals(places: Places, client_id: str) -> int:
     """Totals and progress share the topic; the key tells them apart by its first word."""
-    read = _decoder(places, "usage-total")
+    read = decoder(places, "usage-total")
     newest: dict[tuple[str, int], tuple[int, int]] = defaultdict(lambda: (-1, 0))
     for message in committed(places.kafka, "usage.totals"):
         if b"meterline.total.1" not in message.key():
@@ -223,14 +223,14 @@ def _totals(places: Places, client_id: str) -> int:
 
 
 def _dead(places: Places, client_id: str) -> Iterator[tuple[tuple[int, int], str]]:
-    read = _decoder(places, "dead-letter")
+    read = decoder(places, "dead-letter")
     for message in committed(places.kafka, "usage.events.dlq"):
         said = read(message.value())
         if said["key"] == client_id.encode():
             yield (said["partition"], said["offset"]), said["reason"]
 
 
-def _decoder(places: Places, name: str) -> Any:
+def decoder(places: Places, name: str) -> Any:
     schema = fastavro.parse_schema(json.loads((places.schemas / name / "v1.avsc").read_text()))
     return lambda value: fastavro.schemaless_reader(BytesIO(value[SINGLE_OBJECT_HEADER:]), schema, None)
 

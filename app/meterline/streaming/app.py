@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import faust
 import mode
@@ -163,6 +164,7 @@ def build_app(plan: WorkerPlan, settings: Settings) -> WorkerApp:
         consumer_max_fetch_size=FETCH_BYTES_MAX,
         consumer_metadata_max_age_ms=worker.metadata_max_age_ms,
         consumer_group_instance_id=worker.instance_id or None,
+        canonical_url=_address(worker.instance_id),
         producer_acks=-1,
         worker_redirect_stdouts=False,
         web_port=worker.web_port or plan.web_port,
@@ -192,6 +194,15 @@ def build_app(plan: WorkerPlan, settings: Settings) -> WorkerApp:
 
     _add_pages(app)
     return app
+
+
+def _address(instance_id: str) -> str | None:
+    """How a static member is named in the group's assignment; None: by its health page, as Faust does.
+
+    The broker hands a restarted static member the assignment of the process before it, and Faust refuses one
+    that is addressed to another host or port: the worker would never get partitions, and never end.
+    """
+    return f"http://member/{quote(instance_id, safe='')}" if instance_id else None
 
 
 def _add_pages(app: WorkerApp) -> None:
