@@ -13,6 +13,7 @@ __all__ = [
     "DEAD_LETTERS",
     "EVENTS_TAKEN",
     "FLUSH_STEP_SECONDS",
+    "INVOICE_CLOSES_SECONDS",
     "PARTITION_HALTED",
     "PENDING_EVENTS",
     "QUOTA_BREAKER_OPEN",
@@ -60,6 +61,11 @@ WINDOWS_CONTRADICTED = Counter(
     "Snapshots that say something else than the known one of the same cutoff: none, or a bug.",
 )
 USAGE_RECORDS_HELD = Gauge("meterline_usage_records_held", "Usage records held, by reason.", ["reason"])
+INVOICE_CLOSES_SECONDS = Gauge(
+    "meterline_invoice_closes_seconds",
+    "Seconds until the next invoice closes without a usage record not told yet; infinite without one.",
+    ["partition"],
+)
 QUOTA_TOTALS = Counter(
     "meterline_quota_totals",
     "Totals told to credit buckets, by their answer: applied, older, refused.",

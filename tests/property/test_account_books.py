@@ -1,8 +1,8 @@
 """The rules of billing against a naive account of the same quarter: nothing lost, nothing told twice.
 
 Four periods of one client, windows from two partitions, snapshots late, repeated and falling, answers lost,
-records rejected afterwards with or without a notice, crashes after each commit. The naive account adds up what
-was used and what Stripe counted; it shares no code with the rules.
+records rejected afterwards with or without a notice, crashes after each commit. The naive account adds up
+what was used and what Stripe counted; it shares no code with the rules.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Billing(RuleBasedStateMachine):
         """Also twice, and long after."""
         key, day, identifier = self.stripe.rejected[pick % len(self.stripe.rejected)]
         store, books = self.work()
-        books.notice(key, day, About.account(key), identifier, self.now, "code")
+        books.notice(key, day, About.account(key), self.now, detail=identifier)
         self.durable = store
 
     @rule(number=st.integers(0, PERIODS - 1))
@@ -190,13 +190,13 @@ class Billing(RuleBasedStateMachine):
         quantity = self.stripe.invoice(number)
         assert not books.foreign_on_invoice(key, quantity)
         current = (self.now - START) // PERIOD
-        credits, units = self.assigned[number] + self.carried[number], self.durable.account(key).units
+        owned, units = self.assigned[number] + self.carried[number], self.durable.account(key).units
         carry, _ = books.close(key, quantity, key_of(current), self.now)
         self.durable, self.closed, self.invoiced[number] = store, number + 1, quantity
-        self.carried[current] += credits - quantity * UNIT
-        assert carry.credits_micro == credits - quantity * UNIT
+        self.carried[current] += owned - quantity * UNIT
+        assert carry.credits_micro == owned - quantity * UNIT
         if self.now - self.disturbed_at > ALL_ARRIVES:
-            assert (quantity, units) == (max(0, credits // UNIT),) * 2, "the period's own invoice"
+            assert (quantity, units) == (max(0, owned // UNIT),) * 2, "the period's own invoice"
             assert (carry.late, carry.clipped, carry.not_landed) == (0, 0, 0)
 
     @rule(hours=st.sampled_from([1, 1, 2, 3, 6, 12, 25]))
@@ -219,10 +219,10 @@ class Billing(RuleBasedStateMachine):
         for number in range(self.closed, PERIODS + 3):
             key = key_of(number)
             account = self.durable.account(key)
-            credits = self.assigned[number] + self.carried[number]
+            owned = self.assigned[number] + self.carried[number]
             landed = sum(day.landed for day in self.durable.days(key).values())
             open_units = sum(record.value for record in self.durable.open_records(key))
-            assert (account.credits_micro, account.units) == (credits, max(0, credits // UNIT))
+            assert (account.credits_micro, account.units) == (owned, max(0, owned // UNIT))
             assert account.units == landed + open_units
 
     # -- and in the end

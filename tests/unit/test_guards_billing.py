@@ -9,9 +9,13 @@ import asyncio
 from collections import Counter
 from types import SimpleNamespace
 
+from tests.hand_clock import HandClock
+
 from meterline.billing.meters import MeterMap
+from meterline.billing.notices import NoticeBoard
 from meterline.billing.outcomes import Answer, Outcome
 from meterline.billing.owner import BillingOwner, BillingParts
+from meterline.billing.switches import Switches
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import snapshot_to_record
 from meterline.domain.clients import Client
@@ -147,6 +151,18 @@ class World:
     async def next_seq(self, _, __):
         return max(self.steps, default=-1) + 1
 
+    async def switches(self):
+        return {}
+
+    async def orders_since(self, _):
+        return ()
+
+    async def notices(self, _):
+        return ()
+
+    async def subscription_problem(self, _, __):
+        return ""
+
     def room(self):
         return 10
 
@@ -166,7 +182,20 @@ class World:
 
     async def _work(self, slice_length):
         settings = BillingSettings(installation_id=self.installation, verify_retries=1)
-        parts = BillingParts(settings, CODEC, METERS, self, self, self, self, clock_ms=lambda: NOW)
+        clock = HandClock(NOW)
+        parts = BillingParts(
+            settings,
+            CODEC,
+            METERS,
+            clients=self,
+            reader=self,
+            writer=self,
+            sender=self,
+            reads=self,
+            board=NoticeBoard(self, clock),
+            switches=Switches(self),
+            clock=clock,
+        )
         owner = BillingOwner(0, parts)
         where = LogRange("cluster", "usage.windows", "windows", 0, 0, len(self.log))
         position = await owner.restore(dict(self.changelog), where, self.commit)

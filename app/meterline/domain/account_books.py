@@ -33,7 +33,8 @@ from meterline.domain.encoding import hash_hex
 from meterline.domain.usage_records import RecordState, UsageRecord, usage_record_identifier
 from meterline.domain.windows import WindowRef
 
-__all__ = ["About", "AccountBooks", "Comparison", "MeterTerms", "Step", "Store", "Terms"]
+__all__ = ["About", "AccountBooks", "Comparison", "MeterTerms", "Step", "Store", "Terms", "day_bounds"]
+
 
 @dataclass(frozen=True, slots=True)
 class MeterTerms:
@@ -189,9 +190,7 @@ class AccountBooks:
         self._store.set_account(key, replace(before, credits_micro=credits_micro, units=units))
         value = units - before.units
         record = self._record(key, about, value, now_ms) if value else None
-        self._store.add_step(
-            Step("advance", key, about, change_micro, record, value, reason=reason), now_ms
-        )
+        self._store.add_step(Step("advance", key, about, change_micro, record, value, reason=reason), now_ms)
         if record is not None:
             self._write_down(record, now_ms)
         return record
@@ -206,9 +205,7 @@ class AccountBooks:
             first = now_ms
             day = replace(day, attempted=day.attempted + max(0, record.value))
         record = replace(record, state=RecordState.UNKNOWN, first_attempt_at=first)
-        self._store.set_day(
-            record.account, record.day, replace(day, last_attempt_at=now_ms, confirmed=False)
-        )
+        self._store.set_day(record.account, record.day, replace(day, last_attempt_at=now_ms, confirmed=False))
         self._store.set_record(record)
         self._store.add_step(_step("attempt", record), now_ms)
         return record
@@ -257,7 +254,7 @@ class AccountBooks:
         return record
 
     def release(self, record: UsageRecord, now_ms: int, *, why: str) -> UsageRecord:
-        """A person lets a refused record be tried again, with a new key: Stripe may have stored the refusal."""
+        """A person lets a refused record be tried again; with a new key: Stripe may have stored its no."""
         record = replace(
             record, state=RecordState.UNKNOWN, held_reason="", attempt_key=record.attempt_key + 1
         )
@@ -274,14 +271,14 @@ class AccountBooks:
 
     # -- money in flight
 
-    def notice(self, key: AccountKey, day: int, about: About, identifier: str, now_ms: int, why: str) -> None:
+    def notice(self, key: AccountKey, day: int, about: About, now_ms: int, *, detail: str) -> None:
         """Stripe says that it rejected a record it had accepted. Only the summary decides what is missing."""
         if self._store.account(key).closed:
             reason = "closed"
         else:
             reason = ""
             self._store.set_day(key, day, replace(self._day_of(key, day), suspect=True))
-        self._store.add_step(Step("notice", key, about, detail=f"{identifier}: {why}", reason=reason), now_ms)
+        self._store.add_step(Step("notice", key, about, detail=detail, reason=reason), now_ms)
 
     def needs_look(self, key: AccountKey, day: int, now_ms: int) -> bool:
         """Whether a comparison of this day may come to something now."""
@@ -313,7 +310,15 @@ class AccountBooks:
         if summary > what.attempted:
             self._store.set_day(key, day, replace(what, foreign=True))
             self._store.add_step(
-                Step("held", key, about, value=summary, state="held", reason="foreign_usage"), now_ms
+                Step(
+                    "held",
+                    key,
+                    about,
+                    state="held",
+                    reason="foreign_usage",
+                    detail=f"the summary shows {summary}",
+                ),
+                now_ms,
             )
             return Comparison.FOREIGN, None
         unknown = self._unknown(key, day)
@@ -328,7 +333,9 @@ class AccountBooks:
         for record in unknown:
             self._settle(record, "reconciled", now_ms)
         self._store.set_day(key, day, replace(what, landed=summary, confirmed=True, suspect=False))
-        self._store.add_step(Step("reconciled", key, about, value=summary, detail=f"missing {missing}"), now_ms)
+        self._store.add_step(
+            Step("reconciled", key, about, value=summary, detail=f"missing {missing}"), now_ms
+        )
         if not missing:
             return Comparison.SETTLED, None
         account = self._store.account(key)
@@ -337,6 +344,15 @@ class AccountBooks:
         record = self._record(key, about, missing, now_ms, reissue=reissue)
         self._write_down(record, now_ms)
         return Comparison.SETTLED, record
+
+    def not_foreign(self, key: AccountKey, day: int, now_ms: int, why: str) -> None:
+        """A person says that the summary is right again, or will be: compare the day once more."""
+        what = self._store.days(key)[day]
+        self._store.set_day(key, day, replace(what, foreign=False))
+        step = Step(
+            "released", key, About.day(key, day), state="released", reason="foreign_usage", detail=why
+        )
+        self._store.add_step(step, now_ms)
 
     # -- periods
 
@@ -383,7 +399,9 @@ class AccountBooks:
 
     def _settle(self, record: UsageRecord, reason: str, now_ms: int) -> None:
         self._store.drop_record(record.identifier)
-        self._store.add_step(_step("settled", replace(record, held_reason=""), state="settled", reason=reason), now_ms)
+        self._store.add_step(
+            _step("settled", replace(record, held_reason=""), state="settled", reason=reason), now_ms
+        )
 
     def _record(
         self, key: AccountKey, about: About, value: int, now_ms: int, *, reissue: int = 0
@@ -412,9 +430,7 @@ class AccountBooks:
             event_name=terms.meters[key.meter].event_name,
             customer=key.customer,
             value=value,
-            event_timestamp=event_timestamp(
-                about.start, about.end, key.period_start, key.period_end, now_ms
-            ),
+            event_timestamp=event_timestamp(about.start, about.end, key.period_start, key.period_end, now_ms),
             reissue=reissue,
         )
 
@@ -427,7 +443,7 @@ class AccountBooks:
         return self._store.open_record(record.identifier) is not None
 
     def _unknown(self, key: AccountKey, day: int) -> list[UsageRecord]:
-        """Records of a day that Stripe may have. Not refused ones: they wait for a person, or for the close."""
+        """Records of a day that Stripe may have. Refused ones wait for a person, or for the close."""
         return [
             record
             for record in self._store.open_records(key)

@@ -57,6 +57,7 @@ class Account:
         shadow: units that were due while sending was in shadow: never told, never carried.
         reissues: records made to replace missing ones; numbers them.
         closed: its invoice is final and what was left was carried; nothing may be added any more.
+        problem: why it may not be closed by itself, or will not reach its invoice; empty: none is known.
     """
 
     credits_micro: int = 0
@@ -65,6 +66,7 @@ class Account:
     shadow: int = 0
     reissues: int = 0
     closed: bool = False
+    problem: str = ""
 
     def absorb(self, change_micro: int, unit_micro: int) -> tuple[int, int]:
         """C and U after a change; what the change is worth is the difference of the units."""

@@ -1,4 +1,4 @@
-"""When Stripe takes usage, and what a snapshot says that is new: the limits of billing, without IO or clock."""
+"""When Stripe takes usage, and what a snapshot says that is new: limits of billing, without IO or clock."""
 
 from __future__ import annotations
 
