@@ -43,7 +43,7 @@ class _Hearing(stripe.RequestsClient):
         super().__init__(timeout=timeout_s)
         self._billing_clock = clock
 
-    def request(
+    def request(  # type: ignore[override]  # of RequestsClient, which its own base declares otherwise
         self, method: str, url: str, headers: Mapping[str, str] | None, post_data: Any = None
     ) -> tuple[bytes, int, Mapping[str, str]]:
         answer = super().request(method, url, headers, post_data)
