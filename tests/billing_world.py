@@ -61,12 +61,14 @@ class Stripe:
 
     Attributes:
         lose: what becomes of the next requests. "before" it arrives, or "after": the answer is lost;
-            "reject": accepted, and rejected afterwards, with a notice.
+            "reject": accepted, and rejected afterwards, with a notice; "refuse": a 400.
+        void: its invoices are.
         takes_ms: how long a request is under way.
     """
 
     def __init__(self):
         self.known, self.counted, self.notices = {}, [], []
+        self.void = False
         self.lose, self.takes_ms, self.grace, self.lag = [], 0, HOUR, HOUR
 
     def take(self, record, now):
@@ -74,6 +76,8 @@ class Stripe:
         lost = self.lose.pop(0) if self.lose else ""
         if lost == "before":
             return None
+        if lost == "refuse":
+            return Answer.REFUSED
         now += self.takes_ms
         if now - self.known.get(record.identifier, -DAY) < DAY:
             return None if lost == "after" else Answer.DUPLICATE
@@ -228,6 +232,8 @@ class World:
     async def invoice(self, key, _):
         final = self.clock.now >= key.period_end + self.stripe.grace
         units = self.stripe.invoiced(key.customer, key.period_start, key.period_end)
+        if final and self.stripe.void:
+            return Invoice("in_1", problem="invoice_void")
         return Invoice("in_1", units if final else None)
 
     # -- how it sends

@@ -10,6 +10,7 @@ import asyncio
 from tests.billing_world import HOUR, MICRO, MINUTE, NOW, Crash, Stripe, World
 
 from meterline.domain.clients import PeriodUnit
+from meterline.ledger.billing_orders import BillingOrder
 
 
 def lives():
@@ -298,3 +299,62 @@ def test_a_stalled_owner_bills_nothing():
         return None
 
     assert asyncio.run(two_workers()) == world.stripe.units() == world.owed_units()
+
+
+# -- orders
+
+
+def ordered(action, target, value=0):
+    return BillingOrder(f"order-{action}", NOW, action, "acme", target, value, "ann", "because")
+
+
+def test_a_refused_record_is_sent_when_a_person_releases_it_and_once():
+    """Stripe's reason is gone; the order stays in the ledger, and is carried out a single time."""
+    world = World()
+    world.stripe.lose = ["refuse"]
+    world.say("acme", 2, 3, 7_000_000)
+    world.work(until=NOW + HOUR)
+    assert world.stripe.units() == {}
+    (refused,) = (step for step in world.of_kind("outcome") if step["state"] == "refused")
+    world.orders = [ordered("release", refused["identifier"])]
+
+    for _ in range(2):
+        world.work(until=world.clock.now + 2 * HOUR)
+
+    assert world.stripe.units() == {"acme": 7}
+    assert len(world.of_kind("order")) == 1
+
+
+def test_a_period_without_a_readable_invoice_is_closed_with_what_a_person_says():
+    """7 of 9 units were charged: the other two are carried into the current period, once."""
+    world = World(unit=PeriodUnit.DAY)
+    world.stripe.void = True
+    world.say("acme", 7, 3, 9_300_000)
+    world.work(until=NOW + 20 * HOUR, every=HOUR)
+    (account,) = world.of_kind("held")
+    world.orders = [ordered("resolve", account["window_id"], value=7)]
+
+    world.work(until=NOW + 24 * HOUR, every=HOUR)
+
+    assert account["reason"] == "invoice_void"
+    assert world.carried_micro("acme") == {"remainder": 300_000, "late": 2 * MICRO}
+    assert world.stripe.units() == {"acme": 11}
+    assert world.balance_micro("acme") == 0
+
+
+def test_a_foreign_day_is_compared_again_after_a_release():
+    """Somebody took the foreign usage back: the summary is right, and no unit has moved."""
+    world = World()
+    world.say("acme", 2, 3, 7_000_000)
+    world.work(until=NOW + MINUTE)
+    foreign = world.stripe.counted[0]
+    world.stripe.counted.append(foreign)
+    world.work(until=NOW + 20 * HOUR, every=HOUR)
+    (held,) = world.of_kind("held")
+    world.stripe.counted.remove(foreign)
+    world.orders = [ordered("release", held["window_id"])]
+
+    world.work(until=NOW + 30 * HOUR, every=HOUR)
+
+    assert world.stripe.units() == {"acme": 7}
+    assert [step["value"] for step in world.of_kind("confirmed")] == [7]

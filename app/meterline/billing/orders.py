@@ -106,30 +106,35 @@ class Orders:
             self._asking = None
 
     def _carry_out(self, order: BillingOrder, now_ms: int) -> list[UsageRecord]:
+        """Do what is ordered, if it is about this partition and can be done now; else look again later."""
         why = f"order {order.order_id}"
-        record = self._state.open_record(order.target)
-        key = next((key for key in self._state.accounts if key.name == order.target), None)
         made: UsageRecord | None = None
-        if order.action == "release" and record is not None:
-            if record.held_reason != "refused":
-                return []
-            made = self._books.release(record, now_ms, why=why)
-        elif order.action == "release" and key is not None:
-            for day, what in list(self._state.days(key).items()):
-                if what.foreign:
-                    self._books.not_foreign(key, day, now_ms, why)
-        elif order.action == "resolve" and key is not None:
-            if not self._books.may_close(key, now_ms):
+        if order.action == "resolve":
+            key = next((key for key in self._state.accounts if key.name == order.target), None)
+            if key is None or not self._books.may_close(key, now_ms):
                 return []
             made = self._reconciler.resolve(key, order.value, now_ms, why)
+        elif (record := self._state.open_record(order.target)) is not None:
+            if record.held_reason != "refused":
+                return []
+            key = record.account
+            made = self._books.release(record, now_ms, why=why)
+        elif (found := self._foreign_day(order.target)) is not None:
+            key, day = found
+            self._books.not_foreign(key, day, now_ms, why)
         else:
-            return []  # of another partition, or gone
+            return []
         self._state.set_order(order.order_id, order.ordered_at)
-        self._note(order, key or (record.account if record else None), now_ms)
-        return [made] if made is not None else []
-
-    def _note(self, order: BillingOrder, key: AccountKey | None, now_ms: int) -> None:
-        assert key is not None
-        step = Step("order", key, About.account(key), reason=order.action, detail=f"order {order.order_id}")
+        step = Step(
+            "order", key, About.account(key), reason=order.action, detail=f"{why} by {order.ordered_by}"
+        )
         self._state.add_step(step, now_ms)
         log.info("order carried out", action=order.action, client_id=key.client_id, target=order.target)
+        return [made] if made is not None else []
+
+    def _foreign_day(self, target: str) -> tuple[AccountKey, int] | None:
+        for key, days in self._state.unsure.items():
+            for day in days:
+                if self._state.days(key)[day].foreign and About.day(key, day).window_id == target:
+                    return key, day
+        return None
