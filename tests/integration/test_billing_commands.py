@@ -70,7 +70,7 @@ def test_what_is_held_is_listed_with_what_to_do(ledger, command):
     code, out = command("held", "--json")
     found = [(item["target"], item["reason"], item["units"], item["credits"]) for item in json.loads(out)]
 
-    assert (code, found) == (0, [("mlur_1", "refused", 7, "0.000000"), ("w1", "no_customer", 0, "2.500000")])
+    assert (code, found) == (0, [("mlur_1", "refused", 7, "0"), ("w1", "no_customer", 0, "2.5")])
     assert "meterline billing release TARGET" in command("held")[1]
 
 

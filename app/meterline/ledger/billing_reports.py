@@ -21,10 +21,10 @@ class Held:
         credits: of a window.
     """
 
+    target: str
     client_id: str
     meter: str
     reason: str
-    target: str
     units: int
     credits: Decimal
     window_start: datetime
@@ -37,11 +37,15 @@ def held_items(client: Client, client_id: str = "") -> list[Held]:
     with ledger_errors():
         rows = client.execute(
             """
-            SELECT client_id, meter, reason, if(identifier = '', window_id, identifier) AS target,
-                   value, credits, window_start, last_recorded_at, detail
+            SELECT identifier, window_id, client_id, meter, reason, value, credits, window_start,
+                   last_recorded_at, detail
             FROM usage_records
             WHERE state IN ('held', 'refused')
-            ORDER BY last_recorded_at, client_id, target
+            ORDER BY last_recorded_at, client_id, identifier, window_id
             """
         )
-    return [Held(*row) for row in rows if client_id in {"", row[0]}]
+    return [
+        Held(identifier or window_id, *rest)
+        for identifier, window_id, *rest in rows
+        if client_id in {"", rest[0]}
+    ]
