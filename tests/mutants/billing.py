@@ -196,7 +196,7 @@ MUTANTS = [
         removes="a summary is believed while attempts are young: what it doesn't show yet is told twice",
         edits=[Edit(DOMAIN, "ABSENCE_MS = 6 * HOUR_MS\n", "ABSENCE_MS = 0\n")],
         tests=[f"{GUARDS}::test_a_young_attempt_is_not_taken_for_missing"],
-        speaks_of=UNITS_AT_STRIPE,
+        speaks_of="units_counted",
     ),
     Mutant(
         name="reissue-number",
