@@ -10,8 +10,9 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/meterline demo
 
+# Two processes share the test modules, each with a stack of its own: most of a test's time it waits.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder --durations=10 --durations-min=20
 
 lint: $(READY)
 	$(BIN)/ruff check .

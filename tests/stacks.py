@@ -25,12 +25,13 @@ from meterline.contracts.topics import load_topics
 from meterline.ledger.migrate import apply_migrations
 from meterline.local.kafka import BROKER_SETTINGS
 from meterline.local.ports import HOST, Ports
+from meterline.local.python_services import ClickHouse
 from meterline.local.redis import SERVER_SETTINGS
 from meterline.local.sandbox.process import SandboxProcess
 from meterline.local.stack import Stack
 from meterline.settings import Settings
 
-__all__ = ["RunningStack", "chosen_kind", "running_stack", "settings_of"]
+__all__ = ["RunningStack", "chosen_kind", "own_stack", "running_stack", "settings_of"]
 
 CHOICE_VARIABLE = "METERLINE_TEST_STACK"
 COMPOSE_FILE = Path(__file__).parents[1] / "docker-compose.yml"
@@ -52,6 +53,19 @@ class RunningStack:
     environment: Mapping[str, str]
     settings: Settings
     local: Stack | None
+
+    @contextmanager
+    def without_clickhouse(self) -> Iterator[None]:
+        """Until the end of the block there is no ledger. The local stack's alone: containers are not ours."""
+        if self.local is None:
+            pytest.skip("stops the local stack's ClickHouse; containers are run by testcontainers")
+        where = self.local.state_dir, self.local.ports
+        ledger = Stack(*where, [ClickHouse(where[0] / "clickhouse", where[1])])
+        ledger.down()
+        try:
+            yield
+        finally:
+            ledger.up()
 
     def process_environment(self) -> dict[str, str]:
         """For a child process: our environment, its settings of Meterline replaced by this stack's."""
@@ -86,6 +100,17 @@ def running_stack(kind: str) -> Iterator[RunningStack]:
         TopicAdmin(settings.kafka).apply(load_topics())
         apply_migrations(settings.clickhouse)
         yield RunningStack(kind, environment, settings, local)
+
+
+def own_stack(kind: str | None = None) -> object:
+    """The fixture `stack` of a module that breaks services, or counts every record of the topics."""
+
+    @pytest.fixture(scope="module")
+    def stack() -> Iterator[RunningStack]:
+        with running_stack(kind or chosen_kind()) as running:
+            yield running
+
+    return stack
 
 
 def settings_of(environment: Mapping[str, str]) -> Settings:

@@ -15,14 +15,18 @@ from pathlib import Path
 
 from meterline.local.ports import HOST, free_ports
 
-__all__ = ["ALL", "WorkerProcess", "ended_in_the_end", "until"]
+__all__ = ["ALL", "WorkerProcess", "ended_in_the_end", "logs_written_since", "until"]
 
-START_S_MAX = 60.0
-"""A worker is ready in 4 s on free cores; a busy machine takes several times that."""
+START_S_MAX = 120.0
+"""A worker is ready in 4 s on free cores; a busy machine has taken 40 s."""
 STOP_S_MAX = 20.0
 POLL_S = 0.05
 ALL = [0, 1, 2, 3]
 """The partitions of usage.events and usage.windows."""
+
+
+_log_files: list[Path] = []
+"""Of every worker of this session, the oldest first."""
 
 
 def until(is_so: Callable[[], object], what: str, seconds: float = START_S_MAX) -> None:
@@ -41,6 +45,7 @@ class WorkerProcess:
         self.port = free_ports(1)[0]
         self.environment = {**environment, "METERLINE_WORKER__WEB_PORT": str(self.port), **changed}
         self.log_file = log_folder / f"{kind}-{self.port}.log"
+        _log_files.append(self.log_file)
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, die_at: str = "", times: int = 1, command: Sequence[str] = ()) -> None:
@@ -110,9 +115,18 @@ class WorkerProcess:
 
     def log_tail(self) -> str:
         """The last lines of its log, for a failure's text."""
-        if not self.log_file.exists():
-            return "no log"
-        return "\n".join(line[:600] for line in self.log_file.read_text(errors="replace").splitlines()[-8:])
+        return tail_of(self.log_file) if self.log_file.exists() else "no log"
+
+
+def tail_of(log_file: Path) -> str:
+    """The last lines of a worker's log."""
+    return "\n".join(line[:600] for line in log_file.read_text(errors="replace").splitlines()[-8:])
+
+
+def logs_written_since(wall_s: float) -> str:
+    """Names and last lines of the logs of all workers that said something since then; empty if none did."""
+    written = [file for file in _log_files if file.exists() and file.stat().st_mtime >= wall_s]
+    return "\n".join(f"{file}\n{tail_of(file)}\n" for file in written)
 
 
 @contextmanager

@@ -123,6 +123,11 @@ class MeteringSettings(BaseModel):
     """Closed windows stay in memory this long (event time); late events for older ones read the ledger."""
     pending_events_max: int = Field(60_000, ge=1_000)
     """Unflushed events of one worker; at this limit it stops taking records until a flush ends."""
+    brake_dead_letters_max: int = Field(100, ge=1, le=1_000)
+    """More dead letters than this among 1,000 offsets of a partition, of many clients, stop it: a tenth of
+    the records is no accident. 1,000: never."""
+    brake_clients_min: int = Field(5, ge=2, le=1_000)
+    """So many clients are "many": fewer of them never stop a partition, however often they are refused."""
     fast_path: bool = True
     """Read whole record batches natively where the extra `fast` is installed. What a worker does with an
     event is the same with and without."""
@@ -186,6 +191,8 @@ class WorkerSettings(BaseModel):
     instance_id: str = ""
     """Static membership: one stable name per worker slot; empty: dynamic membership."""
     data_dir: str = ""
+    metadata_max_age_ms: int = Field(60_000, ge=1_000)
+    """How old a worker's view of its topics gets: so long nobody reads a partition that was just added."""
 
 
 class Settings(BaseSettings):

@@ -357,20 +357,14 @@ def test_the_policy_decides_while_nobody_answers(world, policy):
 def test_many_reservations_in_one_call_are_decided_one_by_one(world):
     async def scenario(buckets):
         await buckets.reserve(CLIENT, 5, reservation_id="m/0")
-        wanted = [("m/0", 5), ("m/1", 30), ("m/2", 90), ("m/3", "20.5"), ("m/0", 6)]
-        outcomes = await buckets.reserve_many(CLIENT, wanted, 30)
-
-        assert [type(outcome) for outcome in outcomes] == [
-            Reservation,
-            Reservation,
-            CreditsExhausted,
-            Reservation,
-            ReservationConflict,
-        ]
+        wanted = {"m/0": 5, "m/1": 30, "m/2": 90, "m/3": "20.5"}
+        others = await buckets.reserve_many(CLIENT, wanted, 30)
+        assert [(rid, type(why)) for rid, why in others.items()] == [("m/2", CreditsExhausted)]
+        others = await buckets.reserve_many(CLIENT, {"m/0": 6, "m/1": 30})
+        assert [(rid, type(why)) for rid, why in others.items()] == [("m/0", ReservationConflict)]
         assert (await buckets.balance(CLIENT)).reserved == Decimal("55.5")
-        await buckets.settle_many(
-            CLIENT, [("m/0", [part(1, 5 * M)]), ("m/1", []), ("m/3", [part(2, 20 * M)])]
-        )
+        await buckets.settle_many(CLIENT, {"m/0": [part(1, 5 * M)], "m/1": [], "m/3": [part(2, 20 * M)]})
+        assert (await buckets.reserve_many(CLIENT, {"m/0": 5}))["m/0"].done
         assert amounts(await buckets.balance(CLIENT)) == (0, 25, 0, 75)
 
     run(world, scenario)
@@ -383,12 +377,18 @@ def test_a_lease_tells_the_server_sums_and_the_books_are_exact(server, unique):
 
     async def settle_600(buckets):
         for first in range(0, 600, 100):
-            wanted = [(f"t/{number}", 1) for number in range(first, first + 100)]
-            outcomes = await buckets.reserve_many(CLIENT, wanted)
-            assert all(isinstance(outcome, Reservation) for outcome in outcomes)
-            named = [
-                (rid, (Part(TOPIC_ID, n % 3, first + 99 - n, M // 2),)) for n, (rid, _) in enumerate(wanted)
-            ]
+            wanted = {f"t/{number}": 1 for number in range(first, first + 100)}
+            assert await buckets.reserve_many(CLIENT, wanted) == {}
+            for some in range(3):  # each call of one partition, and one call of all
+                ids = list(wanted)[some:40:3]
+                named = {rid: (Part(TOPIC_ID, some, first + 99 - n, M // 2),) for n, rid in enumerate(ids)}
+                await buckets.settle_many(CLIENT, named)
+                await buckets.settle_many(CLIENT, named)
+            named = {
+                rid: (Part(TOPIC_ID, n % 3, first + 99 - n, M // 2),)
+                for n, rid in enumerate(wanted)
+                if n >= 40
+            }
             await buckets.settle_many(CLIENT, named)
             await buckets.settle_many(CLIENT, named)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from tests.pipeline_books import WORKER_SETTINGS, Traffic
+from tests.worker_processes import WorkerProcess, ended_in_the_end
 
 from meterline.ledger.client import connect
 from meterline.ledger.migrate import apply_migrations
@@ -24,3 +26,19 @@ def ledger(database):
     """ClickHouse settings of a migrated ledger of the test's own."""
     apply_migrations(database)
     return database
+
+
+@pytest.fixture(scope="module")
+def traffic(stack):
+    """What clients do, on the stack of the module: its own, where the books are to be compared."""
+    traffic = Traffic(stack)
+    yield traffic
+    traffic.close()
+
+
+@pytest.fixture
+def worker(stack, tmp_path):
+    """A metering worker, not started; nothing of it is left in the end."""
+    made = WorkerProcess("metering", stack.process_environment() | WORKER_SETTINGS, tmp_path)
+    with ended_in_the_end(made):
+        yield made

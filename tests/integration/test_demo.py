@@ -1,7 +1,11 @@
-"""The main job as a user starts it: real traces, real processes, kill -9, and every credit accounted for."""
+"""The main job as a user starts it: traces, real processes, kill -9, and every credit accounted for.
+
+With a tenth of the requests: what is proved happens between flushes, which come with time, not with usage.
+"""
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import signal
@@ -13,12 +17,14 @@ import psutil
 import pytest
 
 from meterline.demo.run import choose_ports
+from meterline.demo.traces import COLUMNS, SERVICES, read_requests
 from meterline.local.ports import Ports, is_free
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(300)]
 
 CHAOS_TIMEOUT_S = 280
 INTERRUPTED = 130
+ONE_IN = 10
 
 
 @pytest.fixture
@@ -26,6 +32,24 @@ def home(tmp_path):
     """An environment whose state is the test's own; downloads stay in the user's cache."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith("METERLINE_")}
     return mine | {"XDG_STATE_HOME": str(tmp_path)}
+
+
+@pytest.fixture
+def traces(tmp_path):
+    """A folder of traces: one in ten requests of the sample."""
+    folder = tmp_path / "traces"
+    folder.mkdir()
+    requests, _ = read_requests(None)
+    for service in SERVICES:
+        with (folder / f"azure_llm_2023_{service}.csv").open("w", newline="") as text:
+            rows = csv.writer(text)
+            rows.writerow(COLUMNS)
+            rows.writerows(
+                (f"{request.at:%Y-%m-%d %H:%M:%S.%f}0", request.prompt_tokens, request.generated_tokens)
+                for request in requests[::ONE_IN]
+                if request.service == service
+            )
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -42,14 +66,19 @@ def mentions(process, folder):
     return any(str(folder) in part for part in process.info["cmdline"] or [])
 
 
-def demo(*options):
-    return [sys.executable, "-m", "meterline", "demo", *options]
+def demo(traces, *options):
+    return [sys.executable, "-m", "meterline", "demo", "--traces", str(traces), *options]
 
 
-def test_five_kills_change_no_total(home):
+def test_five_kills_change_no_total(home, traces):
     """Metering and billing die five times in mid-work, once between insert and commit: still conserved."""
     ran = subprocess.run(
-        demo("--chaos"), env=home, capture_output=True, text=True, check=False, timeout=CHAOS_TIMEOUT_S
+        demo(traces, "--chaos"),
+        env=home,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=CHAOS_TIMEOUT_S,
     )
 
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -74,10 +103,10 @@ def test_five_kills_change_no_total(home):
     assert all(int(count) > 0 for count in trial.groups())
 
 
-def test_ctrl_c_stops_everything(home):
+def test_ctrl_c_stops_everything(home, traces):
     """Interrupted in the middle, it stops its workers and its stack and says so in one line."""
     started = subprocess.Popen(
-        demo(), env=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
+        demo(traces), env=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
     )
     try:
         seen = ""

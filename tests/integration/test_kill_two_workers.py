@@ -6,8 +6,8 @@ import signal
 from itertools import chain
 
 import pytest
-from tests.pipeline_books import WORKER_SETTINGS, Traffic, settle
-from tests.stacks import chosen_kind, running_stack
+from tests.pipeline_books import WORKER_SETTINGS, settle
+from tests.stacks import own_stack
 from tests.worker_processes import ALL, WorkerProcess, ended_in_the_end, until
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(250)]
@@ -15,23 +15,13 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(250)]
 EXIT_FENCED = 9
 
 
-@pytest.fixture(scope="module")
-def stack():
-    """One of our own: every record of its topics is ours."""
-    with running_stack(chosen_kind()) as running:
-        yield running
+stack = own_stack()
+"""Every record of its topics is ours."""
 
 
 @pytest.fixture(scope="module")
 def environment(stack):
     return stack.process_environment() | WORKER_SETTINGS
-
-
-@pytest.fixture(scope="module")
-def traffic(stack):
-    traffic = Traffic(stack)
-    yield traffic
-    traffic.close()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tests.pipeline_books import WORKER_SETTINGS, Traffic, settle
-from tests.stacks import chosen_kind, running_stack
+from tests.stacks import own_stack
 from tests.worker_processes import WorkerProcess, ended_in_the_end, until
 
 from meterline.streaming.steps import Step
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(900)]
 
 TAKE_OVER = dict.fromkeys((Step.OWNER_FENCED, Step.STATE_READ, Step.STATE_RESTORED), 2)
 """The second partition of four: some are taken over, some are not."""
@@ -33,15 +33,12 @@ CASES = {
 }
 """Worker -> step -> at which arrival there it dies."""
 
-DEATH_S_MAX = 40
+DEATH_S_MAX = 120
 PLACES = [(kind, step) for kind, steps in CASES.items() for step in steps]
 
 
-@pytest.fixture(scope="module")
-def stack():
-    """One of our own: every record of its topics is ours."""
-    with running_stack(chosen_kind()) as running:
-        yield running
+stack = own_stack()
+"""Every record of its topics is ours."""
 
 
 @pytest.fixture(scope="module")

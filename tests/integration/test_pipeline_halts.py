@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
-from confluent_kafka import TopicPartition
+from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient
-from tests.pipeline_books import WINDOW_MS, WORKER_SETTINGS, Traffic, log_ends, metering_metas
-from tests.stacks import chosen_kind, running_stack
-from tests.worker_processes import ALL, WorkerProcess, ended_in_the_end, until
+from tests.pipeline_books import WINDOW_MS, committed, log_ends, metering_metas
+from tests.stacks import own_stack
+from tests.worker_processes import ALL, until
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(200)]
 
 
-@pytest.fixture(scope="module")
-def stack():
-    """One of our own: records of its topics are deleted."""
-    with running_stack(chosen_kind()) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def traffic(stack):
-    traffic = Traffic(stack)
-    yield traffic
-    traffic.close()
-
-
-@pytest.fixture
-def worker(stack, tmp_path):
-    """A metering worker, not started; nothing of it is left in the end."""
-    made = WorkerProcess("metering", stack.process_environment() | WORKER_SETTINGS, tmp_path)
-    with ended_in_the_end(made):
-        yield made
+stack = own_stack()
+"""Records of its topics are deleted."""
 
 
 def applied_offsets(stack):
@@ -84,6 +70,57 @@ def test_another_window_length_halts_every_partition(stack, traffic, worker):
     worker.environment["METERLINE_METERING__WINDOW_LENGTH_MS"] = str(WINDOW_MS)
     worker.start_ready()
     until(lambda: is_applied(stack, ALL), "what came meanwhile is applied")
+
+
+def flood(stack, records_each, clients):
+    """Records nobody can read, in every partition, keyed by many clients."""
+    producer = Producer(stack.settings.kafka.client_config())
+    for number in range(records_each):
+        for partition in ALL:
+            key = f"client-{number % clients}"
+            producer.produce("usage.events", b"not an event", key=key, partition=partition)
+    assert producer.flush(30) == 0
+
+
+def account(stack):
+    """`meterline lag --account --json`: exit code and what it says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "meterline", "lag", "--account", "--json"],
+        env=stack.process_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, json.loads(done.stdout)
+
+
+def test_a_flood_of_dead_letters_halts_and_is_not_sent(stack, traffic, worker):
+    """Of 150 in each partition at most 100 are on the topic; let pass, each is there once and counted."""
+    work_and_leave(stack, traffic, worker)
+    flood(stack, 150, clients=40)
+    worker.start()
+
+    until(lambda: len(problems_of(worker)) == len(ALL), "every partition halts")
+    assert all("are dead letters, of" in problem for problem in problems_of(worker))
+    sent = len(committed(stack, "usage.events.dlq"))
+    assert sent <= 100 * len(ALL)
+    code, told = account(stack)
+    assert (code, told["adds_up"]) == (0, True)
+    assert sum(one["dead_letters"] for one in told["partitions"]) == sent
+    assert all(one["lag"] >= 50 for one in told["partitions"])
+    assert worker.terminate() == 0
+    worker.environment["METERLINE_METERING__BRAKE_DEAD_LETTERS_MAX"] = "1000"
+    worker.start_ready()
+    until(lambda: is_applied(stack, ALL), "all is applied")
+    assert worker.terminate() == 0
+
+    letters = [(letter.partition(), letter.offset()) for letter in committed(stack, "usage.events.dlq")]
+    code, told = account(stack)
+    assert len(letters) == 150 * len(ALL)
+    assert (code, told["adds_up"]) == (0, True)
+    assert [one["dead_letters"] for one in told["partitions"]] == [150] * len(ALL)
+    assert [one["lag"] for one in told["partitions"]] == [0] * len(ALL)
 
 
 def test_records_gone_uncounted_halt_their_partition_alone(stack, traffic, worker):

@@ -9,13 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.pipeline_books import WORKER_SETTINGS, Traffic, log_ends, metering_metas
-from tests.stacks import chosen_kind, running_stack
-from tests.worker_processes import ALL, WorkerProcess, ended_in_the_end, until
+from tests.pipeline_books import log_ends, metering_metas
+from tests.stacks import own_stack
+from tests.worker_processes import ALL, until
 
 from meterline.local.ports import HOST, free_ports
-from meterline.local.python_services import ClickHouse
-from meterline.local.stack import Stack
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(200)]
 
@@ -23,26 +21,8 @@ TERM_S_MAX = 8.0
 FAUST = [str(Path(sys.executable).with_name("faust")), "-A", "meterline.metering.worker", "worker"]
 
 
-@pytest.fixture(scope="module")
-def stack():
-    """One of our own: its ClickHouse is stopped, and every record of its topics is ours."""
-    with running_stack(chosen_kind()) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def traffic(stack):
-    traffic = Traffic(stack)
-    yield traffic
-    traffic.close()
-
-
-@pytest.fixture
-def worker(stack, tmp_path):
-    """A metering worker, not started; nothing of it is left in the end."""
-    made = WorkerProcess("metering", stack.process_environment() | WORKER_SETTINGS, tmp_path)
-    with ended_in_the_end(made):
-        yield made
+stack = own_stack()
+"""Its ClickHouse is stopped, and every record of its topics is ours."""
 
 
 def all_applied(stack):
@@ -105,13 +85,8 @@ def test_sigterm_ends_a_worker_with_0(stack, traffic, worker):
 
 def test_sigterm_ends_a_worker_while_clickhouse_is_down(stack, traffic, worker):
     """It waits for a ledger that can't answer: alive, and it may still be told to go. Nothing is lost."""
-    if stack.local is None:
-        pytest.skip("stops the local stack's ClickHouse; containers are run by testcontainers")
-    local = stack.local
-    ledger = Stack(local.state_dir, local.ports, [ClickHouse(local.state_dir / "clickhouse", local.ports)])
     worker.start_ready()
-    ledger.down()
-    try:
+    with stack.without_clickhouse():
         traffic.publish(200)
         # An insert that fails, or before it the question for the past of a window that a late event reopens.
         until(lambda: "ClickHouse does not answer" in worker.log_file.read_text(), "the ledger is missed")
@@ -119,8 +94,6 @@ def test_sigterm_ends_a_worker_while_clickhouse_is_down(stack, traffic, worker):
         began = time.monotonic()
         code = worker.terminate()
         took = time.monotonic() - began
-    finally:
-        ledger.up()
 
     assert (status, alive["alive"], code) == (200, True, 0)
     assert took < TERM_S_MAX

@@ -18,7 +18,7 @@ from confluent_kafka import Producer
 from redis import Redis
 from redis.exceptions import RedisError
 from tests.pipeline_books import committed
-from tests.stacks import running_stack
+from tests.stacks import own_stack
 from tests.worker_processes import ALL, WorkerProcess, ended_in_the_end, until
 
 from meterline.clients import ClientRegistry
@@ -50,14 +50,10 @@ SETTINGS = {
 }
 MICRO = 1_000_000
 DAY_MS = 86_400_000
-REBUILD_S_MAX = 40.0
 
 
-@pytest.fixture(scope="module")
-def stack():
-    """One of our own: its Redis is killed and emptied. Local: containers' processes are nobody's to kill."""
-    with running_stack("local") as running:
-        yield running
+stack = own_stack("local")
+"""Its Redis is killed and emptied. Local: containers' processes are nobody's to kill."""
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +170,7 @@ def test_totals_and_grants_become_a_balance(stack, log, unique):
     log.say({client_id: 10}, partition=2)
     log.say({client_id: 8}, partition=1)
 
-    until(lambda: saying(log, lambda: amounts(stack, client_id) == (100, 18, True)), "18 used", REBUILD_S_MAX)
+    until(lambda: saying(log, lambda: amounts(stack, client_id) == (100, 18, True)), "18 used")
 
 
 @pytest.mark.usefixtures("worker")
@@ -191,7 +187,7 @@ def test_a_hold_ends_when_the_log_is_accounted_past_its_deadline_and_not_before(
     log.say(accounted_until=deadline + SKEW_MS)
 
     assert before == 4 * MICRO
-    until(lambda: balance(stack, client_id).reserved == 0, "the hold has expired", 15)
+    until(lambda: balance(stack, client_id).reserved == 0, "the hold has expired")
     assert ops(stack, client_id, ["r", rid, 4 * MICRO, 100]) == ["t"]
 
 
@@ -204,7 +200,7 @@ def until_granted(stack, log, client_id, reserve):
         answers.extend(ops(stack, client_id, reserve))
         return answers[-1].startswith("g ")
 
-    until(granted, "a reservation is granted", REBUILD_S_MAX)
+    until(granted, "a reservation is granted")
     return answers[-1]
 
 
@@ -222,7 +218,7 @@ def test_a_lost_redis_is_closed_rebuilt_and_opened_behind_the_last_deadline(stac
     lose(stack, how)
     log.say()
     closed = ops(stack, client_id, ["r", unique("task"), MICRO, 1000])
-    until(lambda: rebuilt(stack, client_id, before.generation), "all is told again", REBUILD_S_MAX)
+    until(lambda: rebuilt(stack, client_id, before.generation), "all is told again")
     log.say(accounted_until=lost_at + TTL_MAX_S * 1000)  # the loss was noticed after it: not enough
     time.sleep(2.5)
     early = balance(stack, client_id)
@@ -242,7 +238,7 @@ def lose(stack, how):
             redis.flushall()
         else:
             os.kill(redis.info("server")["process_id"], signal.SIGKILL)
-            until(lambda: not is_up(redis), "Redis is dead", 10)
+            until(lambda: not is_up(redis), "Redis is dead")
             stack.local.up()
 
 
@@ -272,7 +268,7 @@ def test_what_one_worker_was_told_the_next_one_knows(stack, log, worker, environ
         until(lambda: second.partitions() == ALL and second.is_ready(), "it has all of them")
         log.say({client_id: 12}, partition=0)
 
-        until(lambda: balance(stack, client_id).consumed == 12 * MICRO, "its total is applied", 30)
+        until(lambda: balance(stack, client_id).consumed == 12 * MICRO, "its total is applied")
         found = balance(stack, client_id)
 
         assert (True, generation) == (found.open, found.generation)
@@ -297,11 +293,11 @@ def test_each_level_is_told_once_and_the_webhook_hears_it(stack, log, environmen
             for used in (8, 8.5, 10, 12):
                 log.say({client_id: used}, partition=2)
                 time.sleep(1.5)
-            until(lambda: levels(stack, client_id) == [50, 80, 100], "three alerts", REBUILD_S_MAX)
+            until(lambda: levels(stack, client_id) == [50, 80, 100], "three alerts")
             give(stack, client_id, 10)
             log.say({client_id: 19}, partition=2)
-            until(lambda: len(levels(stack, client_id)) == 5, "two more, of the new amount", REBUILD_S_MAX)
-            until(lambda: len(receiver.posts_of(client_id)) == 5, "the webhook heard all", 30)
+            until(lambda: len(levels(stack, client_id)) == 5, "two more, of the new amount")
+            until(lambda: len(receiver.posts_of(client_id)) == 5, "the webhook heard all")
 
     assert levels(stack, client_id) == [50, 80, 100, 50, 80]
     for headers, body in receiver.posts_of(client_id):
@@ -353,28 +349,28 @@ class Receiver:
 def test_a_budget_opens_anew_when_the_logs_clock_passes_the_periods_start(stack, log, unique):
     """What was used before is the base; the baseline is on the log once, and in the ledger."""
     client_id = unique("client")
-    boundary = now_ms() + 20_000
+    boundary = now_ms() + 120_000  # further than a busy machine needs for the first period
     registry = ClientRegistry(stack.settings)
     registry.put(Client(client_id, period_unit=PeriodUnit.DAY, period_anchor=boundary, updated_by="test"))
     log.say({client_id: 3}, partition=1)
     until_granted(stack, log, client_id + "-other", ["r", unique("task"), 0, 1000])
     give(stack, client_id, 40, GrantKind.BUDGET, period_start=boundary - DAY_MS)
 
-    until(lambda: saying(log, lambda: amounts(stack, client_id) == (40, 0, True)), "the first period", 15)
+    until(lambda: saying(log, lambda: amounts(stack, client_id) == (40, 0, True)), "the first period")
     log.say({client_id: 8}, partition=1)
-    until(lambda: amounts(stack, client_id) == (40, 5, True), "5 of it are used", 15)
+    until(lambda: amounts(stack, client_id) == (40, 5, True), "5 of it are used")
     log.say({client_id: 9}, partition=2, accounted_until=boundary - 1)
-    until(lambda: amounts(stack, client_id) == (40, 14, True), "14 of it", 15)
+    until(lambda: amounts(stack, client_id) == (40, 14, True), "14 of it")
     time.sleep(1.5)
     assert [boundary - DAY_MS] == [b["period_start"] for b in baselines(stack, client_id)]
     log.say(accounted_until=boundary)
-    until(lambda: balance(stack, client_id).period_start == boundary, "the second period", 15)
+    until(lambda: balance(stack, client_id).period_start == boundary, "the second period")
 
     assert amounts(stack, client_id) == (40, 0, True)
     first, second = baselines(stack, client_id)
     assert [part["credits_micro"] for part in first["base"]] == [3 * MICRO]
     assert [part["credits_micro"] for part in second["base"]] == [8 * MICRO, 9 * MICRO]
-    until(lambda: ledger_kinds(stack, client_id) == ["budget", "baseline", "baseline"], "ledger rows", 15)
+    until(lambda: ledger_kinds(stack, client_id) == ["budget", "baseline", "baseline"], "ledger rows")
 
 
 def saying(log, is_so):

@@ -17,6 +17,7 @@ from tests.stacks import chosen_kind, running_stack
 from tests.worker_processes import WorkerProcess, ended_in_the_end
 
 from meterline.cli import quota as command
+from meterline.cli import quota_orders
 from meterline.cli.main import main
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.partitioner import partition_for
@@ -28,7 +29,7 @@ from meterline.ledger.client import connect
 from meterline.ledger.migrate import apply_migrations
 from meterline.ledger.tables import EVENTS, QUOTA_CHANGE_LOG
 from meterline.ledger.writer import LedgerWriter
-from meterline.quota import CreditsExhausted
+from meterline.quota import CreditsExhausted, giving
 from meterline.quota.keys import SHARDS, Keys
 from meterline.quota.scripts import Scripts
 from meterline.task import Meter
@@ -267,6 +268,7 @@ def test_a_grant_that_cannot_be_is_refused_and_nothing_written(place, quota, arg
 
 def test_without_kafka_a_grant_says_how_to_repeat_it(place, quota, monkeypatch):
     monkeypatch.setenv("METERLINE_KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:1")
+    monkeypatch.setattr(giving, "ANSWER_S_MAX", 2.0)  # nobody is there: none comes in 10 s either
     code, _, err = quota("grant", place.client, "5", "--reason", "x", "--grant-id", "g-9")
 
     assert code == 1
@@ -401,8 +403,9 @@ def test_a_rebuild_is_ordered_recorded_and_waited_for(used, quota):
     ]
 
 
-def test_a_rebuild_that_nobody_would_do_is_not_ordered(used, quota):
+def test_a_rebuild_that_nobody_would_do_is_not_ordered(used, quota, monkeypatch):
     """Without a worker the buckets would be closed until one is started."""
+    monkeypatch.setattr(quota_orders, "HEARTBEAT_S_MAX", 2.0)  # nobody is there: none comes in 15 s either
     code, _, err = quota("rebuild", "--reason", "drill")
 
     assert (code, "No quota worker runs" in err) == (2, True)

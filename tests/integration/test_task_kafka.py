@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 from tests.pipeline_books import log_ends, metering_metas
-from tests.stacks import chosen_kind, running_stack
+from tests.stacks import own_stack
 from tests.task_process import FINISHED_MIN, STEPS
 from tests.worker_processes import ALL, WorkerProcess, ended_in_the_end, until
 
@@ -37,11 +37,8 @@ AWAY_S = float(os.environ.get("METERLINE_TEST_KAFKA_AWAY_S", "12"))
 """Longer than a client's retry; the issue's minute is METERLINE_TEST_KAFKA_AWAY_S=60."""
 
 
-@pytest.fixture(scope="module")
-def stack():
-    """One of our own: its Kafka is killed."""
-    with running_stack(chosen_kind()) as running:
-        yield running
+stack = own_stack()
+"""Its Kafka is killed."""
 
 
 @pytest.fixture

@@ -29,6 +29,14 @@ TOTALS = r"model\.totals\("
 BOOKS = r"wrong == \{\}[\s\S]*(acme|accepted)"
 STACK_LIMIT_S = 400.0
 
+FLOOD_STOPS = f"{GUARDS}::test_a_flood_of_dead_letters_stops_before_it_is_sent"
+FLOOD_RESTARTS = f"{GUARDS}::test_restarts_do_not_drain_the_flood_little_by_little"
+WHOLE_WINDOW = (
+    "tests/property/test_meter.py::test_limits_are_those_of_the_whole_window_whatever_memory_has_forgotten"
+)
+JUDGED_WITH_PAST = f"{METER_TESTS}::test_a_window_that_comes_back_is_judged_with_its_past"
+BRAKE = "        check_flood(self._meter.brake.flood, self._log)\n"
+
 MUTANTS = [
     Mutant(
         name="dedupe",
@@ -282,12 +290,74 @@ MUTANTS = [
         edits=[
             Edit(
                 METER,
-                "            window.lacks_past = start + self._length <= self.watermark\n",
-                "            window.lacks_past = False\n",
+                "        return start + self._length <= self.watermark\n",
+                "        return False\n",
             )
         ],
         tests=[FUNCTION_OF_LOG, CRASH_CREDITS],
         speaks_of=f"{WINDOWS}|{BOOKS}",
+    ),
+    Mutant(
+        name="limits-with-the-past",
+        removes="a window that comes back is judged by its new events alone: the sum passes a limit when it "
+        "is accepted, and no worker can write it down",
+        edits=[
+            Edit(
+                METER,
+                "        skus = window.skus if window is not None else self._pasts.get(key, {})\n",
+                "        skus = window.skus if window is not None else {}\n",
+            ),
+            Edit(
+                METER,
+                "        window.skus[event.sku] = total\n",
+                "        _merge(window, event.sku, total)\n",
+            ),
+            Edit(
+                METER,
+                "def _add(sums: SkuTotal, event: UsageEvent) -> None:\n",
+                "def _merge(window: OpenWindow, sku: str, new: SkuTotal) -> None:\n"
+                "    old = window.skus.setdefault(sku, new)\n"
+                "    if old is not new:\n"
+                "        old.count += new.count\n"
+                "        old.credits_micro += new.credits_micro\n"
+                "        old.free_count += new.free_count\n"
+                "        old.free_credits_micro += new.free_credits_micro\n"
+                "\n\n"
+                "def _add(sums: SkuTotal, event: UsageEvent) -> None:\n",
+            ),
+        ],
+        tests=[WHOLE_WINDOW, JUDGED_WITH_PAST],
+        speaks_of=f"{LEDGER_ROWS}|{DEAD}|flush\\.accepted|dead\\.reason",
+    ),
+    Mutant(
+        name="brake",
+        removes="a flood of dead letters stops nothing: one wrong deployment drains the topic",
+        edits=[Edit(OWNER, BRAKE, "")],
+        tests=[FLOOD_STOPS, FLOOD_RESTARTS],
+        speaks_of=r"len\(world\.dead_letters\)",
+    ),
+    Mutant(
+        name="brake-order",
+        removes="the brake is judged when the dead letters are sent: the flood that trips it is in the topic",
+        edits=[
+            Edit(OWNER, BRAKE, ""),
+            Edit(
+                OWNER,
+                "        self._meter.committed(flush)\n",
+                "        self._meter.committed(flush)\n" + BRAKE,
+            ),
+        ],
+        tests=[FLOOD_STOPS],
+        speaks_of=r"len\(world\.dead_letters\)",
+    ),
+    Mutant(
+        name="brake-after-a-restart",
+        removes="a restart forgets what the brake has counted: each one sends as many dead letters again",
+        edits=[
+            Edit(METER, "                self.brake.restore(value)\n", "                pass\n"),
+        ],
+        tests=[FLOOD_RESTARTS],
+        speaks_of=r"len\(world\.dead_letters\)",
     ),
     Mutant(
         name="idle-watermark",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,8 @@ from meterline.domain.dedupe import DedupeIndex
 from meterline.domain.events import Correction, CorrectionKind, UsageEvent
 from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal
 from meterline.ledger.tables import EVENT_COLUMNS
-from meterline.metering.fast import factory
+from meterline.metering import meter as meter_module
+from meterline.metering.fast import batch_meter, factory
 from meterline.metering.meter import Meter
 from meterline.metering.state import (
     Counters,
@@ -178,7 +180,7 @@ class Side:
 
     def __init__(self, fast, options, state):
         self.fast, self.state = fast, dict(state)
-        self.ledger = {}
+        self.ledger, self.forgotten = {}, {}
         self.restart(options)
 
     def restart(self, options):
@@ -234,11 +236,11 @@ class Side:
             "progress": flush.progress,
             "dead": [(letter(d.record), d.reason, d.detail) for d in flush.dead_letters],
             "meta": flush.meta,
-            "counts": (flush.accepted, flush.duplicates, flush.late),
+            "counts": (flush.accepted, flush.duplicates, flush.late, flush.late_reopened),
         }
 
     def _past(self, ref):
-        applied, sums = self.meter.meta.applied_offset, {}
+        applied, sums = self.meter.meta.applied_offset, dict(self.forgotten)
         for offset, row in self.ledger.items():
             if (
                 offset <= applied
@@ -297,10 +299,36 @@ def first_state(total=0):
     return state
 
 
+def lowered(limits):
+    """The limits of both meters, SKUs of a window and the end of int64, where a few events reach them."""
+    stack = ExitStack()
+    for module in (meter_module, batch_meter):
+        for name, limit in zip(("SKUS_PER_WINDOW_MAX", "INT64_MAX"), limits, strict=True):
+            stack.enter_context(patch.object(module, name, limit))
+    return stack
+
+
+LIMITS = (SKUS_PER_WINDOW_MAX, 2**63 - 1)
+
+
 @settings(max_examples=300, deadline=None)
-@given(logs(), options_of_a_worker, steps, st.sampled_from([0, 0, 2**63 - 9, 2**63 - 2 * CREDITS_MICRO_MAX]))
-def test_the_fast_meter_says_what_the_plain_one_says(log, options, plan, total):
+@given(
+    logs(),
+    options_of_a_worker,
+    steps,
+    st.sampled_from(
+        [(0, LIMITS)] * 2
+        + [(2**63 - 9, LIMITS), (2**63 - 2 * CREDITS_MICRO_MAX, LIMITS), (0, (1, 2**63 - 1)), (0, (2, 80))]
+    ),
+)
+def test_the_fast_meter_says_what_the_plain_one_says(log, options, plan, total_and_limits):
     """Rows, windows, totals, progress, duplicates, dead letters with reasons and bytes, changelog, memory."""
+    total, limits = total_and_limits
+    with lowered(limits):
+        compare(log, options, plan, total)
+
+
+def compare(log, options, plan, total):
     data, offsets = log
     sides = [Side(fast, options, first_state(total)) for fast in (False, True)]
     now = START
@@ -323,6 +351,53 @@ def test_the_fast_meter_says_what_the_plain_one_says(log, options, plan, total):
 
         assert sides[0].memory() == sides[1].memory()
         assert sides[0].state == sides[1].state
+
+
+FORGETFUL = MeteringSettings(
+    window_length_ms=LENGTH,
+    dedupe_horizon_ms=HORIZON,
+    allowed_lateness_ms=0,
+    keep_closed_windows_ms=0,
+    late_snapshot_interval_ms=0,
+)
+"""Of a worker that forgets a window as soon as it is published."""
+
+visits = st.tuples(
+    st.integers(0, 3),  # which window
+    st.sampled_from("xyz"),
+    st.sampled_from([1, 1, 2, 3]),
+    st.sampled_from([False, False, True]),  # a new batch begins
+    st.sampled_from([False, True]),  # and a flush, or else it is fed while others wait
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(visits, max_size=20), st.sampled_from([(1, 2**63 - 1), (2, 2**63 - 1), (4_000, 4)]))
+def test_limits_of_windows_that_come_back_are_the_same(visited, limits):
+    """The kernel adds up without their past: it must stop where a sum with it could pass a limit."""
+    batches = []
+    for number, (window, sku, credits_micro, new, flush) in enumerate(visited):
+        event = UsageEvent(f"e{number}", "a", "task", sku, credits_micro, LENGTH * (window - 5))
+        if new or not batches:
+            batches.append(([], flush))
+        value = encoded(event, CODEC.heads(1)[0], START)
+        batches[-1][0].append((FIRST + number, START, None, value, []))
+    sides = [Side(fast, FORGETFUL, first_state()) for fast in (False, True)]
+    now = START
+    with lowered(limits):
+        for records, flush in batches:
+            now += 1_000
+            for side in sides:
+                side.take(kafka_batches.batch(records[0][0], records), records[-1][0])
+            if flush:
+                plain, fast = (side.flush(now) for side in sides)
+
+                assert plain == fast
+            assert sides[0].memory() == sides[1].memory()
+        plain, fast = (side.flush(now + 9_000) for side in sides)
+
+    assert plain == fast
+    assert sides[0].ledger == sides[1].ledger
 
 
 def _end_of_batch(data, offset):
@@ -359,6 +434,40 @@ def test_a_window_of_too_many_skus_is_refused_alike():
 
     assert plain == fast
     assert {reason for _, reason, _ in plain["dead"]} == {"too_many_skus"}
+
+
+@pytest.mark.parametrize(
+    ("past", "sku", "reason"),
+    [
+        ({f"s{number}": SkuTotal(1, 1) for number in range(SKUS_PER_WINDOW_MAX)}, "x", "too_many_skus"),
+        ({f"s{number}": SkuTotal(1, 1) for number in range(SKUS_PER_WINDOW_MAX)}, "s1", None),
+        ({"x": SkuTotal(1, 2**63 - 2)}, "x", "window_total_out_of_range"),
+        ({"x": SkuTotal(1, 2**63 - 3)}, "x", None),
+    ],
+    ids=["4,001st SKU", "a SKU it has", "beyond int64", "up to int64"],
+)
+def test_a_window_that_comes_back_is_judged_with_its_past_alike(past, sku, reason):
+    """The kernel adds up without it: it must know how little more the window can take."""
+    options = MeteringSettings(window_length_ms=LENGTH, allowed_lateness_ms=0)
+    events = [
+        UsageEvent("e0", "a", "task", "y", 1, 0),
+        UsageEvent("e1", "a", "task", sku, 2, -5 * LENGTH),
+        UsageEvent("e2", "b", "task", sku, 2, 0),
+    ]
+    records = [
+        (FIRST + number, START, None, encoded(event, CODEC.heads(1)[0], START), [])
+        for number, event in enumerate(events)
+    ]
+    data = kafka_batches.batch(FIRST, records)
+    sides = [Side(fast, options, first_state()) for fast in (False, True)]
+    for side in sides:
+        side.forgotten = {sku: total.copy() for sku, total in past.items()}
+        side.take(data, FIRST + 2)
+        assert (side.meter.pending, side.meter.windows) == (3, {})
+    plain, fast = (side.flush(START) for side in sides)
+
+    assert plain == fast
+    assert [reason] * bool(reason) == [why for _, why, _ in fast["dead"]]
 
 
 @pytest.mark.parametrize(("age", "accepted"), [(HORIZON, 1), (HORIZON + 1, 2)])

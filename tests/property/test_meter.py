@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import ExitStack
 from itertools import accumulate
 from typing import NamedTuple
+from unittest.mock import patch
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from meterline.domain.reasons import Reason
 from meterline.domain.windows import SkuTotal
 from meterline.errors import DeadLetterError
 from meterline.ledger.tables import EVENT_COLUMNS
+from meterline.metering import meter as meter_module
 from meterline.metering.checks import check_windows
 from meterline.metering.meter import Meter
 from meterline.metering.state import Counters, Meta, meta_key
@@ -30,6 +33,7 @@ class Record(NamedTuple):
     offset: int
     timestamp: int
     value: UsageEvent | None
+    key: bytes | None = None
 
 
 def decode(value):
@@ -81,8 +85,26 @@ def logs(draw):
 # -- the model: one pass, everything recomputed from the records accepted so far
 
 
+class Limits(NamedTuple):
+    skus: int = 4_000
+    credits_micro: int = 2**63 - 1
+
+
+LIMITS = Limits()
+limits_of_sums = st.sampled_from([LIMITS] * 2 + [Limits(skus=1), Limits(credits_micro=4), Limits(1, 2)])
+
+
+def enforced(limits):
+    """The meter's own limits, so low that a few events reach them."""
+    stack = ExitStack()
+    stack.enter_context(patch.object(meter_module, "SKUS_PER_WINDOW_MAX", limits.skus))
+    stack.enter_context(patch.object(meter_module, "INT64_MAX", limits.credits_micro))
+    return stack
+
+
 class Model:
-    def __init__(self, log):
+    def __init__(self, log, limits=LIMITS):
+        self.limits = limits
         self.accepted, self.dead, self.duplicates = {}, {}, 0
         newest = 0
         for record in log:
@@ -109,8 +131,23 @@ class Model:
             if (old.value.client_id, old.value.event_id) == (event.client_id, event.event_id)
         ]
         if not copies or newest - copies[-1][0] > HORIZON:
-            return None
+            return self._fate_by_sums(event)
         return "duplicate" if copies[-1][1] == self._payload(event) else Reason.CONFLICT
+
+    def _fate_by_sums(self, event):
+        """Window and lifetime with all that was ever accepted, wherever it is remembered."""
+        window = self.windows(2**63).get((event.occurred_at // LENGTH * LENGTH, event.client_id), {})
+        if event.sku not in window and len(window) >= self.limits.skus:
+            return Reason.TOO_MANY_SKUS
+        lifetime = self.totals(2**63).get(event.client_id, SkuTotal())
+        for sums, reason in (
+            (window.get(event.sku, SkuTotal()), Reason.WINDOW_TOTAL_OUT_OF_RANGE),
+            (lifetime, Reason.LIFETIME_TOTAL_OUT_OF_RANGE),
+        ):
+            of = sums.credits_micro if event.billable else sums.free_credits_micro
+            if abs(of + event.credits_micro) > self.limits.credits_micro:
+                return reason
+        return None
 
     @staticmethod
     def _payload(event):
@@ -292,12 +329,16 @@ def row_of(record):
 
 
 @settings(max_examples=250, deadline=None)
-@given(logs(), options_of_a_worker, steps)
-def test_everything_that_is_said_is_a_function_of_the_log(log, options, plan):
-    """Invariants 1 to 4: ledger, dead letters, counters and windows are the model's, whatever happened."""
-    model = Model(log)
+@given(logs(), options_of_a_worker, steps, limits_of_sums)
+def test_everything_that_is_said_is_a_function_of_the_log(log, options, plan, limits):
+    """Invariants 1 to 4: ledger, dead letters, counters and windows are the model's, whatever happened.
+
+    Limits of a window too: whether it is in memory or was evicted and comes back.
+    """
+    model = Model(log, limits)
     worker = Worker(log, options)
-    run(worker, plan)
+    with enforced(limits):
+        run(worker, plan)
 
     assert {offset: row_of(record) for offset, record in model.accepted.items()} == worker.ledger
     assert model.dead == worker.dead
@@ -309,6 +350,52 @@ def test_everything_that_is_said_is_a_function_of_the_log(log, options, plan):
         assert key not in latest or latest[key][0] < snapshot.cutoff_offset, "said twice"
         latest[key] = (snapshot.cutoff_offset, snapshot.skus)
     assert model.windows(2**63) == {key: skus for key, (_, skus) in latest.items()}
+
+
+FORGETFUL = MeteringSettings(
+    window_length_ms=LENGTH,
+    dedupe_horizon_ms=HORIZON,
+    allowed_lateness_ms=0,
+    keep_closed_windows_ms=0,
+    late_snapshot_interval_ms=0,
+)
+"""Of a worker that forgets a window as soon as it is published."""
+
+visits = st.tuples(
+    st.integers(0, 3),  # which window
+    st.sampled_from("xyz"),
+    st.sampled_from([1, 1, 2, 3]),
+    st.sampled_from(["take", "take", "flush", "restart"]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(visits, max_size=20), st.sampled_from([Limits(skus=1), Limits(skus=2), Limits(4_000, 4)]))
+def test_limits_are_those_of_the_whole_window_whatever_memory_has_forgotten(visited, limits):
+    """A few windows, visited again and again, in memory or not: the first event too many is a dead letter."""
+    log = [
+        Record(
+            FIRST + number,
+            START + number,
+            UsageEvent(f"e{number}", "a", "task", sku, credits_micro, START - LENGTH * (5 - window)),
+        )
+        for number, (window, sku, credits_micro, _) in enumerate(visited)
+    ]
+    model = Model(log, limits)
+    worker = Worker(log, FORGETFUL)
+    with enforced(limits):
+        for _, _, _, step in visited:
+            worker.take(1)
+            if step != "take":
+                worker.commit(worker.build())
+            if step == "restart":
+                worker.restart(FORGETFUL)
+        run(worker, [])
+
+    assert {offset: row_of(record) for offset, record in model.accepted.items()} == worker.ledger
+    assert model.dead == worker.dead
+    newest = {(s.ref.start, s.ref.client_id): s.skus for s in worker.snapshots}
+    assert model.windows(2**63) == newest
 
 
 @settings(max_examples=250, deadline=None)

@@ -33,6 +33,7 @@ class Record(NamedTuple):
     offset: int
     timestamp: int
     value: bytes | None
+    key: bytes | None = None
 
 
 def encoded(event=EVENT, **changes):
@@ -145,9 +146,16 @@ def known_schema_id():
     CODEC.register_id(7, 1)
 
 
+def take(ready, values):
+    """Of the windows that have ended the ledger holds nothing."""
+    ready.take(Record(offset, NOW + offset, value) for offset, value in enumerate(values))
+    for ref in ready.windows_lacking_past():
+        ready.add_past(ref, {})
+
+
 def flush_of(case):
     ready = case.meter()
-    ready.take(Record(offset, NOW + offset, value) for offset, value in enumerate(case.values))
+    take(ready, case.values)
     return ready.build_flush(NOW)
 
 
@@ -170,8 +178,7 @@ def test_a_record_has_one_documented_end(case):
 def test_what_is_late_counts_in_its_own_window(age):
     """However old: the client used it then."""
     ready = meter()
-    values = (encoded(event_id="e0"), encoded(occurred_at=NOW - age))
-    ready.take(Record(offset, NOW, value) for offset, value in enumerate(values))
+    take(ready, (encoded(event_id="e0"), encoded(occurred_at=NOW - age)))
 
     (snapshot,) = ready.build_flush(NOW).snapshots
 

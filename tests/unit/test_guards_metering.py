@@ -11,11 +11,12 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+from prometheus_client import REGISTRY
 
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_to_record
 from meterline.domain.events import UsageEvent
-from meterline.domain.windows import SkuTotal
+from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal
 from meterline.errors import PartitionHalted
 from meterline.metering import owner as owner_module
 from meterline.metering.owner import MeteringOwner, MeteringTools
@@ -65,19 +66,28 @@ class World:
         self.fates = Counter()
         self.changelog, self.rows = {}, {}
         self.windows, self.totals, self.too_early = {}, {}, []
+        self.dead_letters = []
         self.writes, self.dies_at, self.halted = 0, None, ""
+        self.options = OPTIONS
+        self.wall_at_rest = START + 10**6
 
     # -- the log
 
-    def append(self, client, credits_micro, event_id=None, *, ago=0, fate="accepted"):
+    def append(self, client, credits_micro, event_id=None, *, ago=0, sku="gpu", fate="accepted"):
         """A record, and what must become of it."""
         offset = len(self.log)
         timestamp = START + 300 * offset
-        event = UsageEvent(event_id or f"e{offset}", client, "task", "gpu", credits_micro, timestamp - ago)
+        event = UsageEvent(event_id or f"e{offset}", client, "task", sku, credits_micro, timestamp - ago)
         self.log.append(Record(offset, timestamp, CODECS["usage-event"].encode(event_to_record(event))))
         self.fates[fate] += 1
         if fate == "accepted":
             self.accepted[offset] = (client, credits_micro)
+
+    def append_poison(self, client):
+        """No event: only its key tells whose it is."""
+        offset = len(self.log)
+        self.log.append(Record(offset, START + 300 * offset, b"poison", client.encode()))
+        self.fates["dead_letters"] += 1
 
     def append_some(self):
         for number in range(6):
@@ -138,6 +148,8 @@ class World:
         elif output.topic == "usage.totals" and output.key.startswith(TOTAL_KEY):
             said = CODECS["usage-total"].decode(output.value)
             self.totals[said["client_id"]] = said["credits_micro"]
+        elif output.topic == "usage.events.dlq":
+            self.dead_letters.append(CODECS["dead-letter"].decode(output.value)["offset"])
         elif output.topic == "usage.totals":
             until = CODECS["usage-progress"].decode(output.value)["published_until"]
             if self.totals != self.owed(until):
@@ -181,7 +193,7 @@ class World:
 
     def tools(self):
         return MeteringTools(
-            settings=OPTIONS,
+            settings=self.options,
             writer=self,
             reader=self,
             events=CODECS["usage-event"],
@@ -205,13 +217,14 @@ class World:
             self.now += 400
             await owner.flush()
         owner.on_caught_up(START + 10**6)
-        owner.on_idle(START + 10**6)
+        owner.on_idle(self.wall_at_rest)
         for _ in range(3):
             self.now += 5_000
             await owner.flush()
 
     def work(self, slice_length=3):
         """One worker's life, to the end of the log or to its death."""
+        self.halted = ""
         try:
             asyncio.run(self._work(slice_length))
         except Crash:
@@ -306,6 +319,174 @@ def test_nothing_of_a_recreated_topic_is_counted_under_the_old_state(new_world):
 
     assert world.books() == before
     assert "re-created" in world.halted
+
+
+def test_metrics_of_a_partition_are_there_as_long_as_it_is_ours(new_world):
+    """After a rebalance two workers would tell of it, one of them for ever the same."""
+    world = new_world()
+    world.append("acme", 1)
+    owner = MeteringOwner(0, world.tools())
+
+    async def work():
+        await owner.restore({}, world.range(), world.commit)
+        owner.feed(world.log)
+        await owner.flush()
+
+    asyncio.run(work())
+    world.now += 7_000
+
+    assert age_of_watermark() == 7.0 + (START - owner._meter.watermark) / 1000
+    assert REGISTRY.get_sample_value("meterline_dedupe_ids", {"partition": "0"}) == 1
+    owner.close()
+    assert age_of_watermark() is None
+
+
+def age_of_watermark():
+    return REGISTRY.get_sample_value("meterline_watermark_age_seconds", {"partition": "0"})
+
+
+# -- traffic of odd shapes
+
+
+def test_a_window_of_ten_thousand_skus_takes_what_a_record_can_hold(new_world):
+    """4,000 are billed, the others are dead letters of one client, which stop nobody."""
+    world = new_world()
+    for number in range(10_000):
+        world.append("acme", 3, ago=300 * len(world.log), sku=f"s{number}", fate=fate_of_sku(number))
+        if number % 100 == 0:
+            world.append("other", 5, ago=300 * len(world.log))
+
+    world.work(slice_length=2_000)
+
+    assert world.halted == ""
+    assert world.counted() == {"duplicates": 0} | dict(world.fates)
+    assert world.books() == [{"acme": 4_000 * 3, "other": 100 * 5}] * 3
+
+
+def fate_of_sku(number):
+    return "accepted" if number < SKUS_PER_WINDOW_MAX else "dead_letters"
+
+
+def test_an_event_far_in_the_future_closes_no_window(new_world):
+    """It is refused: those behind it are in time, and no snapshot is made of half a window."""
+    world = new_world()
+    world.append("acme", 1)
+    world.append("acme", 1_000, ago=-(10**12), fate="dead_letters")
+    world.append("acme", 1, ago=300)
+    world.append("other", 1, ago=600)
+    world.wall_at_rest = START  # nothing but events moves the watermark
+
+    world.work(slice_length=1)
+
+    assert world.windows == {}
+    world.wall_at_rest = START + 10**6
+    world.work()
+    assert world.books() == [world.owed()] * 3
+
+
+def test_a_client_with_half_of_all_usage_is_billed_like_the_others(new_world):
+    """In every chunk, window and flush it is there, with as many events as all the rest."""
+    world = new_world()
+    for number in range(300):
+        world.append("half", 7, ago=(number % 5) * 700)
+        world.append(f"client-{number % 30}", 11, ago=(number % 7) * 500)
+
+    world.work(slice_length=64)
+
+    assert world.books() == [{"half": 300 * 7} | {f"client-{n}": 10 * 11 for n in range(30)}] * 3
+
+
+@pytest.mark.parametrize("ahead", [1, -1], ids=["first ahead", "first behind"])
+def test_clocks_of_two_workers_ten_minutes_apart_change_no_credit(new_world, ahead):
+    """One closes windows by a clock that is ahead, the next one finds late what the log calls in time."""
+    ten_minutes = 600_000
+    world = new_world()
+    world.append_some()
+    world.now = world.wall_at_rest = START + ahead * ten_minutes
+    world.work(slice_length=4)
+    for number in range(40):
+        world.append("acme", 100 + number, ago=(number % 9) * 400)
+        world.append("other", 1, ago=(number % 4) * 900)
+    world.now = world.wall_at_rest = START - ahead * ten_minutes
+    world.work(slice_length=5)
+    world.wall_at_rest = START + 10**6
+    world.now = START + 10**6
+    world.work()
+
+    assert world.books() == [world.owed()] * 3
+    assert world.counted() == dict(world.fates)
+
+
+# -- the brake on dead letters
+
+BRAKE_MAX, BRAKE_CLIENTS = 10, 5
+BRAKED = OPTIONS.model_copy(update={"brake_dead_letters_max": BRAKE_MAX, "brake_clients_min": BRAKE_CLIENTS})
+
+
+def flooded(new_world):
+    """Usage, then a deployment whose records nobody can read: of 30 clients, one after the other."""
+    world = new_world()
+    world.options = BRAKED
+    world.append_some()
+    for number in range(90):
+        world.append_poison(f"client-{number % 30}")
+    world.append("acme", 17)
+    return world
+
+
+@pytest.mark.parametrize("slice_length", [1, 3, 40, 200])
+def test_a_flood_of_dead_letters_stops_before_it_is_sent(new_world, slice_length):
+    """The topic is not drained into the dead-letter topic; the records stay where they are, uncounted."""
+    world = flooded(new_world)
+
+    world.work(slice_length)
+
+    assert len(world.dead_letters) <= BRAKE_MAX
+    assert world.counted()["dead_letters"] == len(world.dead_letters)
+    assert "are dead letters, of" in world.halted
+    assert "BRAKE_DEAD_LETTERS_MAX" in world.halted
+
+
+def test_restarts_do_not_drain_the_flood_little_by_little(new_world):
+    """What was counted stands in the state: a supervisor that restarts for ever changes nothing."""
+    world = flooded(new_world)
+    world.work()
+    sent, books = len(world.dead_letters), world.books()
+    for _ in range(5):
+        world.work()
+
+        assert (len(world.dead_letters), world.books()) == (sent, books)
+    assert world.halted
+
+
+def test_after_the_brake_every_record_is_counted_once(new_world):
+    """The operator lets them pass: nothing was lost by the stop, and nothing is counted again."""
+    world = flooded(new_world)
+    world.work()
+    world.options = OPTIONS.model_copy(update={"brake_dead_letters_max": 1_000})
+
+    world.work()
+
+    assert world.counted() == dict(world.fates)
+    assert world.books() == [world.owed()] * 3
+    assert sorted(set(world.dead_letters)) == sorted(world.dead_letters)
+
+
+def test_the_poison_of_a_few_clients_stops_nobody(new_world):
+    """However much of it: each record costs one dead letter, and the others are billed."""
+    world = new_world()
+    world.options = BRAKED
+    world.append_some()
+    for number in range(300):
+        world.append_poison(f"client-{number % (BRAKE_CLIENTS - 1)}")
+        if number % 10 == 0:
+            world.append("acme", 17)
+
+    world.work(slice_length=50)
+
+    assert world.halted == ""
+    assert world.counted() == dict(world.fates)
+    assert world.books() == [world.owed()] * 3
 
 
 # -- the engine: where to read is what the state says

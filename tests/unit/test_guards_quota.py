@@ -11,7 +11,8 @@ import pytest
 from meterline.domain.buckets import Bucket, Shard
 from meterline.domain.events import UsageEvent
 from meterline.quota import FakeCreditBuckets, LeasePlan, operations
-from meterline.quota.leases import Ended, Leases
+from meterline.quota.leases import Leases
+from meterline.quota.reservations import Reservations
 from meterline.task.desk import Desk
 from meterline.task.errors import SpoolFailed
 from meterline.task.fake import FakeMeter
@@ -188,7 +189,7 @@ def test_q7_credits_on_their_way_back_are_not_decided_from():
     async def main():
         line = Line(10_000 * micro)
         plan = LeasePlan(calls_per_s=10, share_max=0.1, ttl_s=10, interval_ms=1)
-        leases = Leases(line.submit, plan, {}, Ended(), Ended())
+        leases = Leases(line.submit, plan, Reservations())
         leases.note("acme", micro, 100)
         await until(lambda: "acme" in leases.active)
         lease = leases.active["acme"]

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import pytest
 
+from meterline.domain.credits import CREDITS_MICRO_MAX
 from meterline.domain.dedupe import DedupeIndex
 from meterline.domain.events import Correction, UsageEvent
-from meterline.domain.windows import SkuTotal
+from meterline.domain.reasons import Reason
+from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal
 from meterline.ledger.tables import EVENT_COLUMNS
 from meterline.metering.meter import Meter
 from meterline.metering.state import Counters, Meta, meta_key, parse_published_value, window_key
@@ -22,6 +24,7 @@ class Record(NamedTuple):
     offset: int
     timestamp: int
     value: UsageEvent
+    key: bytes | None = None
 
 
 class Partition:
@@ -46,8 +49,8 @@ class Partition:
         self.meter.restore(self.state)
         self.next = meta.applied_offset + 1
 
-    def take(self, occurred_at, event_id=None, timestamp=None):
-        event = UsageEvent(event_id or f"e{self.next}", "acme", "task", "gpu", 1, occurred_at)
+    def take(self, occurred_at, event_id=None, timestamp=None, sku="gpu", credits_micro=1):
+        event = UsageEvent(event_id or f"e{self.next}", "acme", "task", sku, credits_micro, occurred_at)
         self.meter.take([Record(self.next, timestamp or occurred_at, event)])
         self.next += 1
 
@@ -173,6 +176,83 @@ def test_a_window_that_came_back_is_whole_in_the_state(partition):
 
     kept = partition.meter.kept_totals()
     assert (SkuTotal(2, 2), SkuTotal(1, 7)) == (kept[T0, "acme", "gpu"], kept[T0, "acme", "cpu"])
+
+
+@pytest.fixture
+def evicted(partition):
+    """The window at T0 is closed, published and no longer in memory."""
+    partition.take(T0)
+    partition.take(T0 + KEEP + LENGTH)
+    partition.flush(10 * CADENCE)
+    partition.take(T0 + KEEP + LENGTH)
+    partition.flush(11 * CADENCE)
+    assert (T0, "acme") not in partition.meter.windows
+    return partition
+
+
+FULL = {f"s{number}": SkuTotal(1, 1) for number in range(SKUS_PER_WINDOW_MAX)}
+NEARLY_INT64 = {"gpu": SkuTotal(1, 2**63 - 2)}
+
+
+@pytest.mark.parametrize(
+    ("past", "sku", "credits_micro", "fate"),
+    [
+        (FULL, "one more", 1, Reason.TOO_MANY_SKUS),
+        (FULL, "s1", 1, "ledger"),
+        (NEARLY_INT64, "gpu", 2, Reason.WINDOW_TOTAL_OUT_OF_RANGE),
+        (NEARLY_INT64, "gpu", 1, "ledger"),
+        (NEARLY_INT64, "cpu", CREDITS_MICRO_MAX, "ledger"),
+    ],
+    ids=["4,001st SKU", "a SKU it has", "beyond int64", "up to int64", "another SKU"],
+)
+def test_a_window_that_comes_back_is_judged_with_its_past(evicted, past, sku, credits_micro, fate):
+    """Accepted alone and added up later, the sum would be more than a record of the state can hold: the
+    worker would die of it again after each restart.
+    """
+    evicted.take(T0, sku=sku, credits_micro=credits_micro)
+    (ref,) = evicted.meter.windows_lacking_past()
+    evicted.meter.add_past(ref, past)
+
+    flush = evicted.flush(12 * CADENCE)
+
+    assert fate == ([dead.reason for dead in flush.dead_letters] or ["ledger"])[0]
+    assert flush.accepted == (fate == "ledger")
+    if fate == "ledger":
+        (snapshot,) = flush.snapshots
+        assert snapshot.skus[sku].credits_micro == past.get(sku, SkuTotal()).credits_micro + credits_micro
+
+
+def test_what_comes_behind_a_record_that_waits_waits_too(evicted):
+    """The order of the log decides: a copy in front of its original would be the one that counts."""
+    meter = evicted.meter
+    evicted.take(T0, event_id="twice", credits_micro=3)
+    evicted.take(T0 + KEEP + LENGTH, event_id="twice", credits_micro=4)
+    assert (meter.pending, len(meter._rows), meter._dead) == (2, 0, [])
+
+    meter.add_past(*meter.windows_lacking_past(), {"gpu": SkuTotal(1, 1)})
+
+    assert [row[4 + UsageEvent._fields.index("credits_micro")] for row in meter._rows] == [3]
+    assert [dead.reason for dead in meter._dead] == [Reason.CONFLICT]
+
+
+def test_records_that_wait_are_not_accounted(evicted):
+    """The log's clock may not pass them, or the holds of their work would expire before they are charged."""
+    evicted.take(T0)
+    evicted.meter.caught_up(T0 + 10**6)
+    (ref,) = evicted.meter.windows_lacking_past()
+    evicted.meter.add_past(ref, {})
+
+    assert evicted.flush(12 * CADENCE).progress.accounted_until < T0 + 10**6
+
+
+def test_a_refused_record_does_not_bring_its_window_back(evicted):
+    """A window of the ledger in memory and not in the state would differ from it after a restart."""
+    evicted.take(T0, sku="one more")
+    (ref,) = evicted.meter.windows_lacking_past()
+    evicted.meter.add_past(ref, FULL)
+
+    assert (T0, "acme") not in evicted.meter.windows
+    assert evicted.said(12 * CADENCE) == []
 
 
 def test_a_snapshot_is_not_changed_by_what_comes_after_it(partition):

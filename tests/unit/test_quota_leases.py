@@ -20,7 +20,9 @@ from meterline.quota import (
     operations,
 )
 from meterline.quota import lease as lease_module
+from meterline.quota.answers import SettledColumns
 from meterline.quota.availability import Availability, Unreachable
+from meterline.quota.reservations import Held
 
 M = 1_000_000
 CLIENT = "hot"
@@ -258,7 +260,7 @@ def test_after_its_deadline_a_lease_decides_nothing(monkeypatch):
             patch.setattr(lease_module, "now_s", lambda: real() + 3_600)
 
             assert lease.take("late", M, 60.0) is None
-            assert lease.take_many(["late"], [M], 60.0) == [None]
+            assert lease.take_many(["late"], [M], 60.0) == {"late": None}
             with pytest.raises(Unreachable):
                 lease.renew(60.0)
         assert lease.take("in time", M, 60.0) is not None
@@ -350,12 +352,17 @@ def test_one_id_is_one_reservation_also_under_a_lease():
 def test_a_bulk_call_is_many_single_calls():
     async def scenario(line, buckets):
         await heat(buckets)
-        wanted = [(f"t/{number}", 1) for number in range(500)]
-        outcomes = await buckets.reserve_many(CLIENT, [*wanted, ("t/0", 1), ("t/0", 2)])
-        assert outcomes[0] == outcomes[500]
-        assert isinstance(outcomes[501], ReservationConflict)
-        await buckets.settle_many(CLIENT, [(rid, (part(n),)) for n, (rid, _) in enumerate(wanted)])
-        await buckets.settle_many(CLIENT, [(rid, (part(n),)) for n, (rid, _) in enumerate(wanted)])
+        wanted = {f"t/{number}": 1 for number in range(500)}
+        assert await buckets.reserve_many(CLIENT, wanted) == {}
+        again = await buckets.reserve_many(CLIENT, {"t/0": 1, "t/1": 2, "t/500": 1})
+        assert [(rid, type(why)) for rid, why in again.items()] == [("t/1", ReservationConflict)]
+        await buckets.void("t/500")
+        settled = {rid: (part(n),) for n, rid in enumerate(wanted)}
+        await buckets.settle_many(CLIENT, settled)
+        await buckets.settle_many(CLIENT, settled)
+        again = await buckets.reserve_many(CLIENT, {"t/0": 1, "t/500": 1})
+        assert again["t/0"].done
+        assert isinstance(again["t/500"], ReservationLapsed)
         await until(lambda: line.settled_micro() == 500 * M)
 
     line = run(scenario)
@@ -386,10 +393,10 @@ def test_a_statement_carries_one_part_for_each_partition():
     async def scenario(line, buckets):
         lease = await heat(buckets)
         await until(lambda: lease._waker is not None)
-        wanted = [(f"t/{number}", 2) for number in range(60)]
+        wanted = {f"t/{number}": 2 for number in range(60)}
         await buckets.reserve_many(CLIENT, wanted)
         await buckets.reserve(CLIENT, 2, reservation_id="single")
-        named = [(rid, (Part(TOPIC_ID, n % 3, 200 - n, M),)) for n, (rid, _) in enumerate(wanted)]
+        named = {rid: (Part(TOPIC_ID, n % 3, 200 - n, M),) for n, rid in enumerate(wanted)}
         await buckets.settle_many(CLIENT, named)
         await buckets.settle("single", [Part(TOPIC_ID, 0, 150, M), Part(TOPIC_ID, 2, 300, 5 * M)])
         await until(lambda: line.settled_micro() == 66 * M)
@@ -442,7 +449,7 @@ def test_a_settle_that_is_repeated_counts_once_also_in_a_sum():
         await buckets.settle("in pieces", [part(1)], client_id=CLIENT)
         await buckets.settle("in pieces", [part(1), part(3)], client_id=CLIENT)
         await buckets.settle("whole", [part(4), part(5)], client_id=CLIENT)
-        await buckets.settle_many(CLIENT, [("whole", (part(4), part(5))), ("lapsed", [part(2)])])
+        await buckets.settle_many(CLIENT, {"whole": (part(4), part(5)), "lapsed": [part(2)]})
         assert line.settled_micro() == 5 * M
         await buckets.settle("whole", [part(6)], client_id=CLIENT)
         assert line.settled_micro() == 6 * M
@@ -454,14 +461,12 @@ def test_a_bulk_settle_leaves_what_another_lease_holds():
     async def scenario(_line, buckets):
         lease = await heat(buckets)
         await buckets.reserve(CLIENT, 1, reservation_id="ours")
-        another = object()
-        buckets._leases.held["theirs"] = (another, 7)
+        theirs = Held(object(), 7)
+        buckets._reservations.stand("theirs", theirs)
 
-        assert lease.settle_many(["theirs", "ours", "nobody's"], [(part(1),), (part(2),), (part(3),)]) == [
-            0,
-            2,
-        ]
-        assert buckets._leases.held.pop("theirs") == (another, 7)
+        columns = SettledColumns((TOPIC_ID, 0), (1, 2, 3), (M, M, M))
+        assert lease.settle_many(["theirs", "ours", "nobody's"], columns) == [0, 2]
+        assert buckets._reservations.entries.pop("theirs") == theirs
         assert (lease.decided, lease.unstated.micro) == (0, M)
 
     run(scenario)

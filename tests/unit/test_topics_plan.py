@@ -6,10 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from meterline.contracts.topic_plan import Action, LiveTopic, Step, plan_topics, with_recommended
+from meterline.contracts.topic_plan import (
+    Action,
+    LiveTopic,
+    Step,
+    plan_growth,
+    plan_topics,
+    with_recommended,
+)
 from meterline.contracts.topics import load_topics
+from meterline.errors import UserError
 
 SPECS = load_topics()
+SOURCE = "usage.events"
 AS_DESCRIBED = {
     name: LiveTopic(name, spec.partitions, 1, spec.config | {"retention.bytes": "-1", "x.y": "1"})
     for name, spec in SPECS.items()
@@ -44,21 +53,50 @@ def test_a_new_follower_has_a_partition_for_each_of_its_leaders():
 
 
 def test_growth_is_in_the_safe_order():
-    """dlq, totals and changelog before the source: its new partitions find theirs."""
-    wanted = {
-        name: replace(spec, partitions=8) if "usage.events" in (name, spec.partitioned_like) else spec
-        for name, spec in SPECS.items()
-    }
+    """dlq, totals and changelog before the source, each state right before what it is the state of."""
+    family = ["usage.events.dlq", "quota-state-changelog", "usage.totals", "metering-state-changelog", SOURCE]
+    wanted = SPECS | {name: replace(SPECS[name], partitions=8) for name in family}
     steps = plan_topics(wanted, AS_DESCRIBED)
 
     assert {(step.action, step.live, step.wanted) for step in steps} == {(Action.GROW, "4", "8")}
-    assert [step.topic for step in steps] == [
-        "metering-state-changelog",
-        "quota-state-changelog",
-        "usage.events.dlq",
-        "usage.totals",
-        "usage.events",
+    assert [step.topic for step in steps] == family
+    assert plan_growth(SPECS, AS_DESCRIBED, SOURCE, 8) == steps
+
+
+def test_growth_that_ended_in_the_middle_goes_on():
+    """And a follower that was never made is made with the count it needs."""
+    cluster = live("usage.events.dlq", partitions=8)
+    del cluster["metering-state-changelog"]
+    steps = plan_growth(SPECS, cluster, SOURCE, 8)
+
+    assert [(step.action, step.topic, step.wanted) for step in steps] == [
+        (Action.GROW, "quota-state-changelog", "8"),
+        (Action.GROW, "usage.totals", "8"),
+        (Action.CREATE, "metering-state-changelog", "8"),
+        (Action.GROW, SOURCE, "8"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "partitions", "why"),
+    [
+        ("usage.events.dlq", 8, "as many partitions as usage.events. Grow that one"),
+        ("quota-state-changelog", 8, "as many partitions as usage.events. Grow that one"),
+        ("usage.windows", 8, "usage.windows never changes its count"),
+        ("usage.evnts", 8, "No description names usage.evnts"),
+        (SOURCE, 3, "never shrunk"),
+    ],
+)
+def test_what_must_not_grow_alone_or_at_all_is_refused(name, partitions, why):
+    """With the reason, and the topic to grow instead."""
+    with pytest.raises(UserError, match=why):
+        plan_growth(SPECS, AS_DESCRIBED, name, partitions)
+
+
+def test_a_topic_that_is_not_there_is_not_grown():
+    """Created first, with its settings."""
+    with pytest.raises(UserError, match="meterline topics apply"):
+        plan_growth(SPECS, {}, SOURCE, 8)
 
 
 def test_followers_catch_up_with_a_source_that_somebody_grew():

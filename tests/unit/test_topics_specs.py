@@ -94,7 +94,7 @@ def test_followers_come_before_the_topic_they_follow():
         "usage.events.dlq": "usage.events",
         "usage.totals": "usage.events",
         "metering-state-changelog": "usage.events",
-        "quota-state-changelog": "usage.events",
+        "quota-state-changelog": "usage.totals",
         "billing-state-changelog": "usage.windows",
     }
     assert all(order.index(name) < order.index(leader) for name, leader in followers.items())
@@ -119,7 +119,7 @@ def test_counts_that_money_lives_by_are_fixed():
         ("clients", {"name": "client"}, "file and topic must have the same name"),
         ("usage.totals", {"partitions": 8}, "usage.totals and usage.events must have the same number"),
         ("usage.totals", {"partitioned_like": "usage.evnts"}, "partitioned_like names 'usage.evnts'"),
-        ("usage.totals", {"partitioned_like": "usage.events.dlq"}, "which can't lead"),
+        ("usage.totals", {"partitioned_like": "quota-state-changelog"}, "which can't lead"),
     ],
 )
 def test_a_wrong_description_is_refused_with_file_and_field(folder, name, fields, message):

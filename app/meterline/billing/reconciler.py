@@ -32,6 +32,8 @@ QUESTIONS_PER_LOOK_MAX = 200
 """A look asks one question after the other, at Stripe's 100 ms or so each: well within LOOK_INTERVAL_MS."""
 INVOICE_AGAIN_MS = 10 * MINUTE_MS
 """An invoice that isn't final is asked for again so much later."""
+SUBSCRIPTION_AGAIN_MS = 6 * 60 * MINUTE_MS
+"""A subscription that doesn't fit is looked at again so much later."""
 NO_INVOICE_MS = INVOICE_GRACE_MS_MAX + DAY_MS
 """So long after a period's end its invoice must exist."""
 CLOSED_FOR_MS = 40 * DAY_MS
@@ -173,7 +175,9 @@ class Reconciler:
             return self._compare(answer, now_ms)
         key = answer.key
         if isinstance(answer, _Subscription):
-            self._checked.add(key)
+            if not answer.problem:
+                self._checked.add(key)
+            self._not_before[key] = min(now_ms + SUBSCRIPTION_AGAIN_MS, key.period_end)
             self._report(key, answer.problem, now_ms)
             return None
         self._not_before[key] = now_ms + INVOICE_AGAIN_MS

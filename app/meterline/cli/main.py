@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "worker": ("worker:app", "Run a worker: metering or billing."),
     "publish": ("publish:publish", "Publish usage events from a CSV or JSON-lines file."),
     "clients": ("clients:app", "The client registry: set and list."),
+    "lag": ("lag:lag", "How far metering is behind; --account: what became of every offset."),
     "usage": ("usage:usage", "A client's usage by hour and SKU."),
     "receipt": ("receipt:receipt", "Every task a client pays for, and how it reached Stripe."),
     "billing": ("billing:app", "What billing knows, holds and has sent."),

@@ -69,6 +69,30 @@ def apply(directory: Directory = None, recommended: Recommended = False, as_json
     raise typer.Exit(SOMETHING_TO_DO if left else 0)
 
 
+@app.command()
+def grow(
+    topic: Annotated[
+        str, typer.Argument(help="The topic; those that follow it grow with it, and before it.")
+    ],
+    partitions: Annotated[int, typer.Argument(min=1, help="How many it shall have.")],
+    directory: Directory = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add partitions to a live topic. Workers share them within a minute; again is harmless."""
+    specs = load_topics(directory)
+    done = TopicAdmin(load_settings().kafka).grow(specs, topic, partitions)
+    if as_json:
+        print(json.dumps({"done": [asdict(step) for step in done]}, indent=2))
+    elif done:
+        Console().print(_table("Done", done))
+    else:
+        print(f"{topic} and what follows it have {partitions} partitions.")
+    if specs[topic].partitions < partitions and not as_json:
+        print(
+            f"Write {partitions} into the descriptions, too: `meterline topics plan` reports the difference."
+        )
+
+
 def _specs(directory: Path | None, *, recommended: bool) -> dict[str, TopicSpec]:
     specs = load_topics(directory)
     return with_recommended(specs) if recommended else specs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import groupby
 from typing import Any
@@ -19,7 +19,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # public, but
     ResourceType,
 )
 
-from meterline.contracts.topic_plan import Action, LiveTopic, Step, plan_topics
+from meterline.contracts.topic_plan import Action, LiveTopic, Step, plan_growth, plan_topics
 from meterline.contracts.topics import TopicSpec
 from meterline.errors import RetryLater, UserError
 from meterline.settings import KafkaSettings
@@ -109,7 +109,23 @@ class TopicAdmin:
         done = [step for step in steps if step.action is not Action.DRIFT]
         for (topic, action), group in groupby(done, key=lambda step: (step.topic, step.action)):
             self._do(action, specs[topic], list(group))
-        return done, self._settle(specs)
+        return done, self._settle(lambda: plan_topics(specs, self.describe(specs)))
+
+    def grow(self, specs: Mapping[str, TopicSpec], name: str, partitions: int) -> list[Step]:
+        """Give a topic so many partitions, and before it those that follow it. Settings stay as they are.
+
+        Returns:
+            What was done; nothing if all have that many.
+
+        Raises:
+            RetryLater: Kafka doesn't answer; what is done is done, run it again.
+            UserError: this topic can't be grown so; nothing was changed.
+        """
+        steps = plan_growth(specs, self.describe(specs), name, partitions)
+        for step in steps:
+            self._do(step.action, specs[step.topic], [step])
+        self._settle(lambda: plan_growth(specs, self.describe(specs), name, partitions))
+        return steps
 
     def _do(self, action: Action, spec: TopicSpec, steps: Sequence[Step]) -> None:
         if action is Action.CREATE:
@@ -132,10 +148,10 @@ class TopicAdmin:
             answers = self._client.incremental_alter_configs([resource], request_timeout=CHANGE_S_MAX)
             self._result(*answers.values())
 
-    def _settle(self, specs: Mapping[str, TopicSpec]) -> list[Step]:
+    def _settle(self, plan: Callable[[], list[Step]]) -> list[Step]:
         deadline = time.monotonic() + SETTLE_S_MAX
         while True:
-            left = plan_topics(specs, self.describe(specs))
+            left = plan()
             if all(step.action is Action.DRIFT for step in left) or time.monotonic() > deadline:
                 return left
             time.sleep(SETTLE_POLL_S)

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from meterline.contracts.topics import BROKER_DEFAULT, TopicSpec
+from meterline.contracts.topics import BROKER_DEFAULT, TopicSpec, followers_first, leaders_of
+from meterline.errors import UserError
 
-__all__ = ["Action", "LiveTopic", "Step", "plan_topics", "with_recommended"]
+__all__ = ["Action", "LiveTopic", "Step", "plan_growth", "plan_topics", "with_recommended"]
 
 
 class Action(StrEnum):
@@ -64,7 +65,7 @@ def plan_topics(specs: Mapping[str, TopicSpec], live: Mapping[str, LiveTopic]) -
     """
     steps: list[Step] = []
     for spec in specs.values():
-        wanted = _partitions(spec, live)
+        wanted = _partitions(spec, specs, live)
         topic = live.get(spec.name)
         if topic is None:
             steps.append(Step(Action.CREATE, spec.name, "partitions", "", str(wanted)))
@@ -79,10 +80,34 @@ def plan_topics(specs: Mapping[str, TopicSpec], live: Mapping[str, LiveTopic]) -
     return steps
 
 
-def _partitions(spec: TopicSpec, live: Mapping[str, LiveTopic]) -> int:
-    """As described, or as many as the followed topic already has: each of its partitions needs one here."""
-    leader = live.get(spec.partitioned_like)
-    return spec.partitions if leader is None else max(spec.partitions, leader.partitions)
+def plan_growth(
+    specs: Mapping[str, TopicSpec], live: Mapping[str, LiveTopic], name: str, partitions: int
+) -> list[Step]:
+    """The steps that give a topic, and before it all that follow it, so many partitions.
+
+    Raises:
+        UserError: the topic is none that is grown, or has more.
+    """
+    spec = specs.get(name)
+    if spec is None:
+        raise UserError(f"No description names {name}. There are: {', '.join(specs)}.")
+    if spec.partitioned_like:
+        first = leaders_of(specs, spec)[-1].name
+        raise UserError(f"{name} always has as many partitions as {first}. Grow that one: this one follows.")
+    if spec.fixed_partitions:
+        raise UserError(f"{name} never changes its count: {spec.fixed_reason.strip()}")
+    if name not in live:
+        raise UserError(f"Kafka has no topic {name}. Create the topics with: meterline topics apply")
+    if live[name].partitions > partitions:
+        raise UserError(f"{name} has {live[name].partitions} partitions, and topics are never shrunk.")
+    family = {one.name: replace(one, partitions=partitions) for one in followers_first(specs, name)}
+    return [step for step in plan_topics(family, live) if step.action in {Action.CREATE, Action.GROW}]
+
+
+def _partitions(spec: TopicSpec, specs: Mapping[str, TopicSpec], live: Mapping[str, LiveTopic]) -> int:
+    """As described, or as many as a followed topic already has: each of its partitions needs one here."""
+    leaders = (live.get(leader.name) for leader in leaders_of(specs, spec))
+    return max([spec.partitions, *(leader.partitions for leader in leaders if leader is not None)])
 
 
 def _partition_steps(spec: TopicSpec, topic: LiveTopic, wanted: int) -> list[Step]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -25,6 +26,8 @@ __all__ = [
     "USAGE_WINDOWS",
     "Recommended",
     "TopicSpec",
+    "followers_first",
+    "leaders_of",
     "load_topics",
 ]
 
@@ -61,7 +64,7 @@ class TopicSpec:
         schemas: names of the record schemas it carries; none for a changelog, whose bytes are private.
         key: what a record's key is.
         partitioned_like: the topic whose partition p writes or owns partition p here: always as many
-            partitions as that one, and grown before it.
+            partitions as that one, and grown before it. That one may follow another.
         fixed_partitions: the count may never change; `fixed_reason` says why.
         replication_factor: -1 is the broker's default.
         config: topic settings in Kafka's words, each set explicitly because a broker's default may differ.
@@ -90,7 +93,10 @@ class TopicSpec:
 
 
 def load_topics(directory: Path | None = None) -> dict[str, TopicSpec]:
-    """All topics by name: a topic that follows another's partitions comes before it.
+    """All topics by name, in the order in which they are made and grown.
+
+    A topic that follows another's partitions comes before it, and a state's changelog as the last one: while
+    their counts differ, a rebalance may give a partition and its state to two workers.
 
     Raises:
         UserError: a file is no valid topic description, or two of them contradict each other.
@@ -101,7 +107,32 @@ def load_topics(directory: Path | None = None) -> dict[str, TopicSpec]:
         raise UserError(f"There are no topic descriptions in {folder}.")
     for spec in specs.values():
         _check(spec, specs)
-    return dict(sorted(specs.items(), key=lambda item: (not item[1].partitioned_like, item[0])))
+    first = sorted(name for name, spec in specs.items() if not spec.partitioned_like)
+    return {spec.name: spec for name in first for spec in followers_first(specs, name)}
+
+
+def followers_first(specs: Mapping[str, TopicSpec], name: str) -> Iterator[TopicSpec]:
+    """A topic behind all that follow it, directly or not."""
+    direct = [spec for spec in specs.values() if spec.partitioned_like == name]
+    for follower in sorted(direct, key=lambda spec: (not spec.schemas, spec.name)):
+        yield from followers_first(specs, follower.name)
+    yield specs[name]
+
+
+def leaders_of(specs: Mapping[str, TopicSpec], spec: TopicSpec) -> list[TopicSpec]:
+    """The topic it follows, the one that follows, and so on.
+
+    Raises:
+        UserError: one of them has no description, or they go round in a circle.
+    """
+    leaders: list[TopicSpec] = []
+    last = spec
+    while name := last.partitioned_like:
+        last = specs.get(name, spec)
+        if last is spec or last in leaders:
+            raise UserError(f"{spec.name}: partitioned_like names {name!r}, which can't lead.")
+        leaders.append(last)
+    return leaders
 
 
 def _load(path: Path) -> TopicSpec:
@@ -127,9 +158,7 @@ def _check(spec: TopicSpec, specs: dict[str, TopicSpec]) -> None:
         raise UserError(f"{spec.name}: config needs max.message.bytes.")
     if not spec.partitioned_like:
         return
-    leader = specs.get(spec.partitioned_like)
-    if leader is None or leader.partitioned_like:
-        raise UserError(f"{spec.name}: partitioned_like names {spec.partitioned_like!r}, which can't lead.")
+    leader = leaders_of(specs, spec)[-1]
     if (leader.partitions, leader.fixed_partitions) != (spec.partitions, spec.fixed_partitions):
         raise UserError(
             f"{spec.name} and {leader.name} must have the same number of partitions and both be fixed or not."

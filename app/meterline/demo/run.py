@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -60,8 +61,8 @@ DEMO_SETTINGS = {
 
 METERING_WORKERS = 2
 SETTLE_PAUSE_S = 1.0
-PIECES, PIECE_PAUSE_S = 20, 0.15
-"""Each piece meets another flush."""
+PIECES, PIECE_PAUSE_S = 200, 0.15
+"""Each piece meets another flush, and together they last as long as a worker may take to die at its step."""
 STUCK_AFTER_S = 45.0
 """Nothing has changed for so long: it won't any more. The longest wait in a healthy run is one window."""
 
@@ -245,14 +246,20 @@ def _publish_under_fire(scenario: Scenario, workers: Mapping[str, Worker], scree
         for number, kill in enumerate(plan):
             kill.aim(workers)
             part = rows[number * size : (number + 1) * size]
-            publishing = background.submit(_publish_steadily, producer, part)
-            screen.say(kill.strike(workers))
+            struck = threading.Event()
+            publishing = background.submit(_publish_steadily, producer, part, struck)
+            try:
+                screen.say(kill.strike(workers))
+            finally:
+                struck.set()
             publishing.result()
-        _publish_steadily(producer, rows[len(plan) * size :])
+        _publish_steadily(producer, rows[len(plan) * size :], struck)
 
 
-def _publish_steadily(producer: UsageProducer, rows: Sequence[Mapping[str, str]]) -> None:
-    """Over a few seconds: a worker that dies at a step must come there several times."""
+def _publish_steadily(
+    producer: UsageProducer, rows: Sequence[Mapping[str, str]], struck: threading.Event
+) -> None:
+    """In pieces until the kill has struck: a worker that dies at a step must come there several times."""
     size = -(-len(rows) // PIECES)
     for start in range(0, len(rows), size):
         for row in rows[start : start + size]:
@@ -264,7 +271,7 @@ def _publish_steadily(producer: UsageProducer, rows: Sequence[Mapping[str, str]]
                 occurred_at=datetime.fromisoformat(row["occurred_at"]),
             )
         producer.flush()
-        time.sleep(PIECE_PAUSE_S)
+        struck.wait(PIECE_PAUSE_S)
 
 
 # -- the end

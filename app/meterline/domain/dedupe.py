@@ -21,6 +21,9 @@ SLICES_PER_HORIZON = 24
 class SeenIds(Protocol):
     """What a meter asks of an index. Two that were given the same answer the same."""
 
+    def __len__(self) -> int:
+        """Ids it holds; some may be beyond the horizon and not tidied away."""
+
     def find(self, identity: int, appended_at: int) -> int | None:
         """Payload digest of the copy that counts, or None if there was none within the horizon."""
 

@@ -1,4 +1,4 @@
-"""Checks of an assignment: state, log and ledger must tell one story before the first record is taken."""
+"""What halts a partition: state, log and ledger that don't tell one story at its start, and the brake."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from meterline.metering.state import FORMAT_VERSION, RULE_VERSION, Counters, Met
 from meterline.settings import MeteringSettings
 from meterline.streaming.owner import LogRange
 
-__all__ = ["check_log", "check_windows", "first_meta"]
+__all__ = ["check_flood", "check_log", "check_range", "check_windows", "first_meta"]
 
 SkuKey = tuple[int, str, str]
 """Window start (ms), client, SKU."""
@@ -43,7 +43,7 @@ def first_meta(log: LogRange, in_ledger: tuple[int, int, int] | None, settings: 
     )
 
 
-def check_log(meta: Meta, log: LogRange, settings: MeteringSettings) -> None:
+def check_range(meta: Meta, log: LogRange) -> None:
     """The state must belong to this log, and the log must still hold what comes next.
 
     Raises:
@@ -69,6 +69,15 @@ def check_log(meta: Meta, log: LogRange, settings: MeteringSettings) -> None:
             f"offsets {log.end_offset}..{meta.applied_offset} were counted, but the log ends at "
             f"{log.end_offset - 1}: it was truncated",
         )
+
+
+def check_log(meta: Meta, log: LogRange, settings: MeteringSettings) -> None:
+    """State and log belong together, and this version and these settings go on with the state.
+
+    Raises:
+        PartitionHalted: with the exact range, or what was changed.
+    """
+    check_range(meta, log)
     if (meta.format, meta.rules) != (FORMAT_VERSION, RULE_VERSION):
         raise _halted(
             log,
@@ -103,6 +112,22 @@ def check_windows(
         f"partition {partition}: up to offset {meta.applied_offset} the ledger and the state differ in "
         f"{len(different)} of {len(kept)} sums: {shown}"
     )
+
+
+def check_flood(flood: str, log: LogRange) -> None:
+    """Many clients' records are dead letters: none of them is sent, they stay in the log.
+
+    Raises:
+        PartitionHalted: what was found and what can be done.
+    """
+    if flood:
+        raise _halted(
+            log,
+            f"{flood}: rather a wrong deployment than wrong records. They stay in the log, only earlier ones "
+            "were sent to usage.events.dlq. Mend the cause (a schema this version doesn't know: upgrade) and "
+            "restart: they are read again. If they are wrong for good, let them pass with "
+            "METERLINE_METERING__BRAKE_DEAD_LETTERS_MAX=1000 and a restart, and set it back after them",
+        )
 
 
 def _halted(log: LogRange, why: str) -> PartitionHalted:

@@ -2,14 +2,20 @@
 
 Records go in, in offset order (`take`); a flush comes out (`build_flush`). No IO and no clock: times are
 arguments, so the same log gives the same totals whatever the chunking, the crashes or the worker.
+
+A window that was evicted may come back with a late event. Its limits are judged with its past, which stands
+in the ledger: the record waits, and all that come after it, until `add_past` has brought what
+`windows_lacking_past` names. Judged without, the sum of both could pass a limit, too late to refuse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+from meterline.domain.brake import Brake
 from meterline.domain.dedupe import SeenIds
 from meterline.domain.events import UsageEvent, check_event, identity_hash, payload_digest
 from meterline.domain.reasons import Reason
@@ -28,6 +34,7 @@ from meterline.metering.state import (
     Meta,
     aggregate_key,
     aggregate_value,
+    brake_key,
     meta_key,
     parse_aggregate_key,
     parse_aggregate_value,
@@ -66,6 +73,12 @@ class DeadLetter:
     record: Any
     reason: str
     detail: str
+    client: bytes
+    """Whose it is, as far as anybody can tell: the event's client, or the record's key."""
+
+
+Read = tuple[Any, UsageEvent | DeadLetter]
+"""A record, and what it is by itself."""
 
 
 @dataclass(slots=True)
@@ -77,8 +90,8 @@ class OpenWindow:
     last_offset: int = -1
     published_at: int = 0
     """When the newest snapshot was built (ms); bounds how often late events make a new one."""
-    lacks_past: bool = False
-    """The window was evicted: its sums so far stand in the ledger and must be added before a flush."""
+    reopened: bool = False
+    """It was evicted, and came back with its past."""
 
 
 @dataclass(slots=True)
@@ -104,6 +117,9 @@ class Flush:
     meta: Meta
     duplicates: int
     late: int
+    """Accepted events whose window was closed."""
+    late_reopened: int
+    """Those among them whose window came back from the ledger."""
     block: EncodedBlock | None = None
     """More rows, encoded as they were read."""
 
@@ -134,11 +150,17 @@ class Meter:
         self.seen = seen
         self.windows: dict[WindowKey, OpenWindow] = {}
         self.next_offset = meta.applied_offset + 1
+        """Of the first record not handed over yet; those that wait are in front of it."""
         self.watermark = meta.watermark
+        self.brake = Brake(settings.brake_dead_letters_max, settings.brake_clients_min)
         self._settings = settings
         self._decode = decode
         self._length = meta.window_length_ms
         self._appended_at = meta.appended_at
+        self._undecided = self.next_offset
+        self._waiting: list[Callable[[], None]] = []
+        self._lacking: dict[WindowKey, None] = {}
+        self._pasts: dict[WindowKey, dict[str, SkuTotal]] = {}
         self._totals: dict[str, ClientTotal] = {}
         self._unpublished_totals: set[str] = set()
         self._totals_published_at = 0
@@ -152,7 +174,7 @@ class Meter:
     def _start_collecting(self) -> None:
         self._rows: list[tuple[Any, ...]] = []
         self._dead: list[DeadLetter] = []
-        self._duplicates = self._skipped = self._late = 0
+        self._duplicates = self._skipped = self._late = self._late_reopened = 0
 
     # -- restore
 
@@ -171,6 +193,8 @@ class Meter:
                 total = self._totals[client] = ClientTotal(*parse_total_value(value))
                 if total.last_offset > self.meta.published_until:
                     self._unpublished_totals.add(client)
+            elif kind == b"B":
+                self.brake.restore(value)
         for (start, client), window in self.windows.items():
             if window.published_cutoff < 0:
                 window.last_offset = self.meta.applied_offset
@@ -207,18 +231,68 @@ class Meter:
         return self.next_offset - 1 - self.meta.applied_offset
 
     def take(self, records: Iterable[Any]) -> None:
-        """Decide the fate of each record: ledger, duplicate or dead letter."""
-        for record in records:
-            offset = record.offset
-            self._skipped += offset - self.next_offset
-            self.next_offset = offset + 1
+        """Decide the fate of each record: ledger, duplicate or dead letter.
+
+        From the first that may lack its window's past on they wait, all records of this call and of the next
+        ones, until `add_past` has brought it.
+        """
+        reads = [self._read(record) for record in records]
+        if not reads:
+            return
+        self.next_offset = reads[-1][0].offset + 1
+        windows = (
+            (window_start_of(event.occurred_at, self._length), event.client_id)
+            for _, event in reads
+            if isinstance(event, UsageEvent)
+        )
+        if self._knows(window for window in windows if self._has_ended(window[0])):
+            self._decide(reads)
+        else:
+            self._waiting.append(partial(self._decide, reads))
+
+    def _read(self, record: Any) -> Read:
+        """What a record is when no other one is looked at."""
+        client = record.key or b""
+        try:
+            event = self._decode(record.value)
+            client = event.client_id.encode()
+            check_event(event, record.timestamp)
+        except DeadLetterError as refusal:
+            return record, DeadLetter(record, refusal.reason, refusal.detail, client)
+        return record, event
+
+    def _has_ended(self, start: int) -> bool:
+        """Whether a window may have been evicted before the records that are handed over now.
+
+        That happens in flushes, and the watermark has not gone back since. Not asked of the time for which
+        windows are kept: that setting may have been smaller.
+        """
+        return start + self._length <= self.watermark
+
+    def _knows(self, ended: Iterable[WindowKey]) -> bool:
+        """Whether records with these ended windows can be decided now. What lacks its past is noted."""
+        self._lacking.update(
+            dict.fromkeys(key for key in ended if key not in self.windows and key not in self._pasts)
+        )
+        return not self._lacking and not self._waiting
+
+    def _decide(self, reads: Sequence[Read]) -> None:
+        for record, event in reads:
+            self._skipped += record.offset - self._undecided
+            self._undecided = record.offset + 1
             self._appended_at = max(self._appended_at, record.timestamp)
+            if isinstance(event, DeadLetter):
+                self._refuse(event)
+                continue
             try:
-                event = self._decode(record.value)
-                check_event(event, record.timestamp)
-                self._take_event(event, offset, record.timestamp)
+                self._take_event(event, record.offset, record.timestamp)
             except DeadLetterError as refusal:
-                self._dead.append(DeadLetter(record, refusal.reason, refusal.detail))
+                client = event.client_id.encode()
+                self._refuse(DeadLetter(record, refusal.reason, refusal.detail, client))
+
+    def _refuse(self, dead: DeadLetter) -> None:
+        self._dead.append(dead)
+        self.brake.count(dead.record.offset, dead.client, dead.reason)
 
     def _take_event(self, event: UsageEvent, offset: int, appended_at: int) -> None:
         identity = identity_hash(event.client_id, event.event_id)
@@ -254,9 +328,10 @@ class Meter:
         start = window_start_of(event.occurred_at, self._length)
         key = (start, event.client_id)
         window = self.windows.get(key)
-        total = window.skus.get(event.sku) if window is not None else None
+        skus = window.skus if window is not None else self._pasts.get(key, {})
+        total = skus.get(event.sku)
         if total is None:
-            if window is not None and len(window.skus) >= SKUS_PER_WINDOW_MAX:
+            if len(skus) >= SKUS_PER_WINDOW_MAX:
                 raise DeadLetterError(
                     Reason.TOO_MANY_SKUS,
                     f"the window already holds {SKUS_PER_WINDOW_MAX} SKUs of this client",
@@ -265,26 +340,36 @@ class Meter:
         _require_in_range(total, event, Reason.WINDOW_TOTAL_OUT_OF_RANGE, event.sku)
         lifetime = self._totals.get(event.client_id) or ClientTotal()
         _require_in_range(lifetime.sums, event, Reason.LIFETIME_TOTAL_OUT_OF_RANGE, "the client's usage")
-        if window is None:
-            window = self._window(start, event.client_id)
-            # It may have been published and evicted: then its sums so far stand in the ledger alone. Asked of
-            # every window that has ended: how long windows are kept may have been set higher since.
-            window.lacks_past = start + self._length <= self.watermark
+        window = self._open(start, event.client_id)
         _add(total, event)
         window.skus[event.sku] = total
         _add(lifetime.sums, event)
         lifetime.last_offset = offset
         self._totals[event.client_id] = lifetime
         self._changed_totals.add(event.client_id)
-        if window.last_offset <= window.published_cutoff:
-            self._unpublished.setdefault(start, set()).add(event.client_id)
         window.last_offset = offset
-        self._late += self._is_closed(start)
-        changed = self._changed.get(key)
-        if changed is None:
-            self._changed[key] = {event.sku}
-        else:
-            changed.add(event.sku)
+        self._count_late(window, int(self._is_closed(start)))
+        self._changed[key].add(event.sku)
+
+    def _open(self, start: int, client: str) -> OpenWindow:
+        """The window of an accepted event, with its past where it has one: all that will be written."""
+        key = start, client
+        window = self.windows.get(key)
+        if window is None:
+            window = self._window(start, client)
+            window.skus = self._pasts.pop(key, window.skus)
+            window.reopened = bool(window.skus)
+            self._changed[key] = set(window.skus)
+        elif key not in self._changed:
+            self._changed[key] = set()
+        if window.last_offset <= window.published_cutoff:
+            self._unpublished.setdefault(start, set()).add(client)
+        return window
+
+    def _count_late(self, window: OpenWindow, events: int) -> None:
+        self._late += events
+        if window.reopened:
+            self._late_reopened += events
 
     def _is_closed(self, start: int) -> bool:
         return start + self._length + self._settings.grace_ms <= self.watermark
@@ -298,7 +383,8 @@ class Meter:
 
     def caught_up(self, log_time_ms: int) -> None:
         """Everything the broker appended at or before this time has been taken in."""
-        self._caught_up_until = max(self._caught_up_until, log_time_ms)
+        if not self._waiting:  # what waits is not accounted; the log's clock is told again
+            self._caught_up_until = max(self._caught_up_until, log_time_ms)
 
     # -- flush
 
@@ -307,27 +393,28 @@ class Meter:
         """Windows of clients that are still taking events in time."""
         return sum(len(clients) for start, clients in self._unpublished.items() if not self._is_closed(start))
 
+    @property
+    def oldest_unpublished(self) -> int | None:
+        """Start (ms) of the oldest window that holds what no snapshot says yet."""
+        return min(self._unpublished, default=None)
+
     def windows_lacking_past(self) -> list[WindowRef]:
-        """Windows that got a late event after they were evicted: a flush needs `add_past` first."""
-        return [
-            self._ref(start, client)
-            for start, client in self._changed
-            if self.windows[start, client].lacks_past
-        ]
+        """Windows the waiting records need: before a flush each wants its `add_past`."""
+        return [self._ref(start, client) for start, client in self._lacking]
 
     def add_past(self, ref: WindowRef, past: Mapping[str, SkuTotal]) -> None:
-        """Add what the ledger holds of a window up to the applied offset."""
-        window = self.windows[ref.start, ref.client_id]
-        window.lacks_past = False
-        for sku, old in past.items():
-            new = window.skus.get(sku, SkuTotal())
-            window.skus[sku] = SkuTotal(
-                new.count + old.count,
-                new.credits_micro + old.credits_micro,
-                new.free_count + old.free_count,
-                new.free_credits_micro + old.free_credits_micro,
-            )
-        self._changed[ref.start, ref.client_id].update(past)
+        """Tell what the ledger holds of a window up to the applied offset.
+
+        With the last one that is lacking, the records that wait are decided.
+        """
+        key = ref.start, ref.client_id
+        self._lacking.pop(key)
+        self._pasts[key] = {sku: total.copy() for sku, total in past.items()}
+        if not self._lacking:
+            waiting, self._waiting = self._waiting, []
+            for decide in waiting:
+                decide()
+            self._pasts = {}
 
     def due_windows(self, now_ms: int) -> list[WindowKey]:
         """Closed windows that hold more than their newest snapshot says, late ones at a bounded cadence."""
@@ -352,6 +439,7 @@ class Meter:
             now_ms: becomes `closed_at` of the snapshots and bounds the cadence of late ones and of totals;
                 nothing else.
         """
+        assert not self._waiting, "a flush would pass by the records that wait for a window's past"
         due = self.due_windows(now_ms)
         totals_due = self._are_totals_due(now_ms)
         if not self.pending and not due and not totals_due:
@@ -373,6 +461,8 @@ class Meter:
         for client in self._changed_totals:
             total = self._totals[client]
             changelog.append((total_key(self.partition, client), total_value(total.sums, total.last_offset)))
+        if self._dead:
+            changelog.append((brake_key(self.partition), self.brake.to_bytes()))
         totals, progress = self._publish_totals(cutoff, now_ms) if totals_due else ([], None)
         flush = Flush(
             rows=[list(column) for column in zip(*self._rows, strict=True)],
@@ -384,6 +474,7 @@ class Meter:
             meta=self._next_meta(cutoff, progress),
             duplicates=self._duplicates,
             late=self._late,
+            late_reopened=self._late_reopened,
         )
         changelog.append((meta_key(self.partition), flush.meta.to_bytes()))
         self._changed = {}

@@ -25,13 +25,17 @@ from meterline.ledger.reader import LedgerReader
 from meterline.ledger.tables import EVENT_COLUMNS, EVENTS
 from meterline.ledger.writer import LedgerWriter
 from meterline.logs import get_logger
-from meterline.metering.checks import check_log, check_windows, first_meta
+from meterline.metering.checks import check_flood, check_log, check_windows, first_meta
 from meterline.metering.meter import DeadLetter, Flush, Meter
 from meterline.metering.state import FORMAT_VERSION, Meta, meta_key
 from meterline.metrics import (
     DEAD_LETTERS,
+    DEDUPE_IDS,
     EVENTS_TAKEN,
     FLUSH_STEP_SECONDS,
+    LATE_EVENTS,
+    OLDEST_WINDOW_SECONDS,
+    WATERMARK_AGE_SECONDS,
     WATERMARK_SECONDS,
     WINDOWS_OPEN,
     WINDOWS_PUBLISHED,
@@ -46,6 +50,8 @@ log = get_logger(__name__)
 
 FORMAT_WITHOUT_TOTALS = 1
 
+GAUGES = (WATERMARK_SECONDS, WATERMARK_AGE_SECONDS, WINDOWS_OPEN, OLDEST_WINDOW_SECONDS, DEDUPE_IDS)
+"""Of a partition, as long as it is ours."""
 
 MakeMeter = Callable[[int, MeteringSettings, Callable[[bytes | None], UsageEvent], Meta], Meter]
 """A meter that has seen nothing, for a partition and where it stands."""
@@ -116,6 +122,7 @@ class MeteringOwner(PartitionOwner):
             )
         await self._check_windows(meta)
         self._tell_replayed(in_ledger, meta)
+        WATERMARK_AGE_SECONDS.labels(self._partition).set_function(self._watermark_age_s)
         self._show()
         return self._meter.next_offset
 
@@ -171,12 +178,10 @@ class MeteringOwner(PartitionOwner):
 
     async def flush(self) -> None:
         """Rows into the ledger first; then changelog, snapshots and dead letters in one transaction."""
-        while lacking := self._meter.windows_lacking_past():
-            applied = self._meter.meta.applied_offset
-            sums = await self._tools.reader.ask(queries.window_sums, [(ref, applied) for ref in lacking])
-            for ref, past in zip(lacking, sums, strict=True):
-                self._meter.add_past(ref, past)
-        flush = self._meter.build_flush(time.time_ns() // 1_000_000)
+        await self._bring_pasts()
+        check_flood(self._meter.brake.flood, self._log)
+        with FLUSH_STEP_SECONDS.labels("build").time():
+            flush = self._meter.build_flush(time.time_ns() // 1_000_000)
         if flush is None:
             return
         reached(Step.FLUSH_BUILT)
@@ -193,6 +198,15 @@ class MeteringOwner(PartitionOwner):
             await self._commit(Commit(flush.changelog, outputs, flush.meta.applied_offset))
         self._meter.committed(flush)
         self._count(flush)
+
+    async def _bring_pasts(self) -> None:
+        """Fetch what the waiting records need. More may come meanwhile, up to the limit of pending events."""
+        applied = self._meter.meta.applied_offset
+        while lacking := self._meter.windows_lacking_past():
+            with FLUSH_STEP_SECONDS.labels("past").time():
+                sums = await self._tools.reader.ask(queries.window_sums, [(ref, applied) for ref in lacking])
+            for ref, past in zip(lacking, sums, strict=True):
+                self._meter.add_past(ref, past)
 
     def _window_output(self, snapshot: WindowSnapshot) -> Output:
         key = snapshot.ref.client_id.encode()
@@ -232,7 +246,8 @@ class MeteringOwner(PartitionOwner):
         EVENTS_TAKEN.labels("accepted").inc(flush.accepted)
         EVENTS_TAKEN.labels("duplicate").inc(flush.duplicates)
         EVENTS_TAKEN.labels("dead_letter").inc(len(flush.dead_letters))
-        EVENTS_TAKEN.labels("late").inc(flush.late)
+        LATE_EVENTS.labels("kept").inc(flush.late - flush.late_reopened)
+        LATE_EVENTS.labels("reopened").inc(flush.late_reopened)
         for dead in flush.dead_letters:
             DEAD_LETTERS.labels(dead.reason).inc()
         if flush.snapshots:
@@ -250,5 +265,16 @@ class MeteringOwner(PartitionOwner):
         self._show()
 
     def _show(self) -> None:
-        WATERMARK_SECONDS.labels(self._partition).set(self._meter.watermark / 1000)
-        WINDOWS_OPEN.labels(self._partition).set(self._meter.open_windows)
+        meter, partition = self._meter, self._partition
+        WATERMARK_SECONDS.labels(partition).set(meter.watermark / 1000)
+        WINDOWS_OPEN.labels(partition).set(meter.open_windows)
+        OLDEST_WINDOW_SECONDS.labels(partition).set((meter.oldest_unpublished or 0) / 1000)
+        DEDUPE_IDS.labels(partition).set(len(meter.seen))
+
+    def _watermark_age_s(self) -> float:
+        return (time.time_ns() // 1_000_000 - self._meter.watermark) / 1000
+
+    def close(self) -> None:
+        """Somebody else tells of this partition now."""
+        for gauge in GAUGES:
+            gauge.remove(self._partition)

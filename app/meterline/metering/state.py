@@ -3,6 +3,7 @@
     A  aggregate   (window start, client, SKU) -> counts and credits
     W  window      (window start, client)      -> cutoff of the newest published snapshot
     T  total       (client)                    -> all it has ever used, and its newest event's offset
+    B  brake                                   -> dead letters it has counted lately (JSON)
     M  meta                                    -> where the partition stands (JSON)
 
 Keys of a partition share its prefix, so that one partition's log is totally ordered and equal keys of two
@@ -24,6 +25,7 @@ __all__ = [
     "Meta",
     "aggregate_key",
     "aggregate_value",
+    "brake_key",
     "meta_key",
     "parse_aggregate_key",
     "parse_aggregate_value",
@@ -93,6 +95,11 @@ class Meta:
 def meta_key(partition: int) -> bytes:
     """Key of the partition's one meta record."""
     return struct.pack(">Hc", partition, b"M")
+
+
+def brake_key(partition: int) -> bytes:
+    """Key of what the partition's brake on dead letters has counted."""
+    return struct.pack(">Hc", partition, b"B")
 
 
 def aggregate_key(partition: int, window_start: int, client_id: str, sku: str) -> bytes:

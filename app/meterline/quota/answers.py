@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import chain
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 from meterline.domain.credits import CREDITS_MICRO_MAX, MICRO, to_micro
 from meterline.domain.events import ID_BYTES_MAX
@@ -26,8 +26,10 @@ __all__ = [
     "Outcome",
     "Part",
     "Reservation",
+    "SettledColumns",
     "credits_of",
     "id_checked",
+    "is_plain",
     "micro_of",
     "parts_checked",
     "settled_checked",
@@ -232,23 +234,25 @@ def parts_checked(parts: Iterable[Part]) -> Sequence[Part]:
     return checked
 
 
-def wanted_checked(wanted: Iterable[tuple[str, Credits]]) -> tuple[Sequence[str], Sequence[int]]:
+def wanted_checked(wanted: Mapping[str, Credits]) -> tuple[Sequence[str], Sequence[int]]:
     """Ids and micro-credits of many reservations, looked at by columns: one by one takes five times as long.
 
     Raises:
         InvalidReservation: as `id_checked` and `micro_of`.
     """
-    asked = list(wanted)
-    if not asked:
+    if not wanted:
         return (), ()
-    names, amounts = zip(*asked, strict=True)
-    if set(map(type, amounts)) == {int} and min(amounts) > 0 and max(amounts) <= WHOLE_CREDITS_MAX:
+    names = list(wanted)
+    if set(map(type, wanted.values())) == {int}:
+        amounts = cast("list[int]", list(wanted.values()))
         micros = [amount * MICRO for amount in amounts]
+        if min(amounts) <= 0 or max(amounts) > WHOLE_CREDITS_MAX:
+            micros = list(map(micro_of, amounts))
     else:
-        micros = list(map(micro_of, amounts))
+        micros = list(map(micro_of, wanted.values()))
     if not (
         set(map(type, names)) == {str}
-        and min(map(len, names)) > 0
+        and all(names)
         and max(map(len, names)) <= _SURELY_SHORT
         and "".join(names).isascii()
     ):
@@ -257,35 +261,42 @@ def wanted_checked(wanted: Iterable[tuple[str, Credits]]) -> tuple[Sequence[str]
     return names, micros
 
 
-def settled_checked(
-    settled: Iterable[tuple[str, Iterable[Part]]],
-) -> tuple[Sequence[str], Sequence[Sequence[Part]]]:
-    """Ids and parts of many reservations, by columns, too.
+def is_plain(outcome: Outcome | None) -> bool:
+    """Whether credits are set aside, and nothing else is to be said."""
+    return isinstance(outcome, Reservation) and outcome.covered and not outcome.done
+
+
+class SettledColumns(NamedTuple):
+    """Many reservations, each settled with one part, all of one source partition."""
+
+    source: tuple[str, int]
+    offsets: Sequence[int]
+    amounts: Sequence[int]
+
+
+def settled_checked(settled: Mapping[str, Sequence[Part]]) -> SettledColumns | None:
+    """Parts of many reservations, by columns, too; None where they don't fit into `SettledColumns`.
 
     Raises:
         InvalidReservation: as `parts_checked`.
     """
-    ended = list(settled)
-    if not ended:
-        return (), ()
-    names, named = zip(*ended, strict=True)
-    if set(map(type, named)) != {tuple} or max(map(len, named)) > PARTS_MAX:
-        return names, list(map(parts_checked, named))
-    if parts := list(chain.from_iterable(named)):
-        topics, partitions, offsets, amounts = zip(*parts, strict=True)
-        if not (
-            _topics.issuperset(topics)
+    named = settled.values()
+    if set(map(type, named)) == {tuple} and set(map(len, named)) == {1}:
+        topics, partitions, offsets, amounts = zip(*chain.from_iterable(named), strict=True)
+        if (
+            len(set(topics)) == len(set(partitions)) == 1
+            and topics[0] in _topics
             and set(map(type, partitions)) == set(map(type, offsets)) == set(map(type, amounts)) == {int}
-            and min(partitions) >= 0
+            and 0 <= partitions[0] <= PARTITION_MAX
             and min(offsets) >= 0
             and min(amounts) >= 0
-            and max(partitions) <= PARTITION_MAX
             and max(offsets) <= OFFSET_MAX
             and max(amounts) <= CREDITS_MICRO_MAX
         ):
-            for some in named:
-                parts_checked(some)
-    return names, named
+            return SettledColumns((topics[0], partitions[0]), offsets, amounts)
+    for parts in named:
+        parts_checked(parts)
+    return None
 
 
 def _require_topic(part: Part, topic_id: str) -> None:

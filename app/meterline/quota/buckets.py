@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol
 
 from meterline import metrics
 from meterline.domain.buckets import parse_balance
@@ -19,6 +19,7 @@ from meterline.quota.answers import (
     Reservation,
     credits_of,
     id_checked,
+    is_plain,
     micro_of,
     parts_checked,
     settled_checked,
@@ -34,16 +35,13 @@ from meterline.quota.errors import (
     ReservationConflict,
     ReservationLapsed,
 )
-from meterline.quota.leases import Ended, LeasePlan, Leases
+from meterline.quota.leases import LeasePlan, Leases
 from meterline.quota.loop_thread import LoopThread
+from meterline.quota.reservations import Held, Reservations
 from meterline.quota.server import Server
 from meterline.quota.sync import SyncCreditBuckets
 
 __all__ = ["Carrier", "Connecting", "CreditBuckets", "Policy", "deny"]
-
-RESERVATIONS_MAX: Final = 1_000_000
-"""Reservations whose client is remembered for settle, void and renew: a process runs fewer tasks at once.
-Beyond it the oldest are forgotten, which only means that `client_id` must be named for them."""
 
 CONNECT_S_MIN: Final = 2.0
 """The first connection may take longer than a decision: names are looked up, certificates exchanged."""
@@ -99,14 +97,8 @@ class CreditBuckets:
         self._availability = batcher.availability
         self._submit = batcher.submit
         self._policy = policy
-        self._known: dict[str, Reservation] = {}
-        self._settled: Ended[str] = Ended()
-        self._voided: Ended[str] = Ended()
-        self._leases = (
-            Leases(batcher.submit_first, plan, self._known, self._settled, self._voided)
-            if plan is not None
-            else None
-        )
+        self._reservations = Reservations()
+        self._leases = Leases(batcher.submit_first, plan, self._reservations) if plan is not None else None
 
     @classmethod
     def connect(
@@ -224,18 +216,16 @@ class CreditBuckets:
             InvalidReservation: what was given can never be accepted.
         """
         named = parts_checked(parts)
-        if self._leases is not None and (held := self._leases.held.get(reservation_id)) is not None:
-            lease, left = held
-            lease.settle(reservation_id, left, named, final=final)
+        held = self._reservations.entries.get(reservation_id)
+        if isinstance(held, Held):
+            held.lease.settle(reservation_id, held.left, named, final=final)
             return
         owner = self._client_of(reservation_id, client_id)
-        if self._leases is not None:
-            named = self._leases.not_told(reservation_id, named)
+        named = self._reservations.not_told(reservation_id, named)
         op = operations.settle(reservation_id, named, final=final)
         self._require_ok(await self._ask(owner, op))
         if final:
-            self._known.pop(reservation_id, None)
-            self._settled.note(reservation_id, owner)
+            self._reservations.settled(reservation_id, owner)
 
     async def void(self, reservation_id: str, *, client_id: str | None = None) -> None:
         """Free a reservation whose work did not happen. Never after an attempt to publish: settle then.
@@ -243,13 +233,13 @@ class CreditBuckets:
         Raises:
             QuotaUnavailable: not recorded (or not known to be): it stays set aside until its time is up.
         """
-        if self._leases is not None and (held := self._leases.held.get(reservation_id)) is not None:
-            held[0].void(reservation_id, held[1])
+        held = self._reservations.entries.get(reservation_id)
+        if isinstance(held, Held):
+            held.lease.void(reservation_id, held.left)
             return
         owner = self._client_of(reservation_id, client_id)
         self._require_ok(await self._ask(owner, operations.void(reservation_id)))
-        self._known.pop(reservation_id, None)
-        self._voided.note(reservation_id, owner)
+        self._reservations.voided(reservation_id, owner)
 
     async def renew(self, reservation_id: str, ttl_s: float = 60.0, *, client_id: str | None = None) -> None:
         """Keep credits set aside for `ttl_s` from now; call it while the work runs, three times a `ttl_s`.
@@ -261,21 +251,22 @@ class CreditBuckets:
             QuotaUnavailable: not prolonged (or not known to be).
         """
         ttl_ms = ttl_ms_of(ttl_s)
-        if self._leases is not None and (held := self._leases.held.get(reservation_id)) is not None:
+        entry = self._reservations.entries.get(reservation_id)
+        if isinstance(entry, Held):
             try:
-                held[0].renew(ttl_s)
+                entry.lease.renew(ttl_s)
             except Unreachable as error:
                 raise QuotaUnavailable(str(error)) from None
             return
         owner = self._client_of(reservation_id, client_id)
-        known = self._known.get(reservation_id)
+        known = entry if isinstance(entry, Reservation) else None
         # Of a reservation made elsewhere the amount is not known: prolonged if it stands, not made anew.
         micro, generation = (known.credits_micro, known.generation) if known else (0, GENERATION_MAX)
         answer = await self._ask(owner, operations.renew(reservation_id, micro, ttl_ms, generation))
         if answer.startswith(b"g "):
             if known is not None:
                 generation = int(answer.rpartition(b" ")[2])
-                self._known[reservation_id] = known._replace(generation=generation, covered=True)
+                self._reservations.stand(reservation_id, known._replace(generation=generation, covered=True))
         elif answer == b"l":
             raise ReservationLapsed(owner, reservation_id)
         else:
@@ -302,17 +293,18 @@ class CreditBuckets:
         )
 
     async def reserve_many(
-        self, client_id: str, wanted: Iterable[tuple[str, Credits]], ttl_s: float = 60.0
-    ) -> list[Outcome]:
+        self, client_id: str, wanted: Mapping[str, Credits], ttl_s: float = 60.0
+    ) -> dict[str, Outcome]:
         """`reserve` for many pieces of work of one client in one call; each is decided by itself.
 
         Args:
             client_id: whose credits.
-            wanted: reservation id and credits of each.
+            wanted: credits by reservation id.
             ttl_s: of each.
 
         Returns:
-            In the order given: the reservation, or the exception `reserve` would have raised.
+            What is not simply reserved, by its id: the exception `reserve` would have raised, or a
+            reservation that is `done` or not `covered`. Empty: all of the work may begin.
 
         Raises:
             InvalidReservation: one of them can never be accepted. None was made.
@@ -331,35 +323,36 @@ class CreditBuckets:
             return await self._reserve_all_at_server(client_id, names, amounts, ttl_s)
         if leases.turn_is_long():
             await asyncio.sleep(0)
-        outcomes = lease.take_many(names, amounts, ttl_s)
-        if missing := _undecided_of(outcomes):
+        others, left = _parted(lease.take_many(names, amounts, ttl_s))
+        if left:
+            micros = dict(zip(names, amounts, strict=True))
             await lease.refill()
-            left = [names[place] for place in missing], [amounts[place] for place in missing]
-            for place, taken in zip(missing, lease.take_many(*left, ttl_s), strict=True):
-                outcomes[place] = taken
-        if missing := _undecided_of(outcomes):
-            left = [names[place] for place in missing], [amounts[place] for place in missing]
-            decided = await self._reserve_all_at_server(client_id, *left, ttl_s)
-            for place, outcome in zip(missing, decided, strict=True):
-                outcomes[place] = outcome
-        return cast("list[Outcome]", outcomes)
+            more, left = _parted(lease.take_many(left, [micros[name] for name in left], ttl_s))
+            others |= more
+            others |= await self._reserve_all_at_server(
+                client_id, left, [micros[name] for name in left], ttl_s
+            )
+        return others
 
     async def settle_many(
-        self, client_id: str, settled: Iterable[tuple[str, Sequence[Part]]], *, final: bool = True
+        self, client_id: str, settled: Mapping[str, Sequence[Part]], *, final: bool = True
     ) -> None:
-        """`settle` for many pieces of work of one client in one call.
+        """`settle` for many pieces of work of one client in one call: parts by reservation id.
+
+        Fastest with one part each, all of one source partition.
 
         Raises:
             QuotaUnavailable: some were not recorded (or not known to be); the same call again is safe.
             InvalidReservation: one of them can never be accepted.
         """
-        names, named = settled_checked(settled)
-        left: Sequence[int] = range(len(names))
-        if self._leases is not None and final and (lease := self._leases.active.get(client_id)) is not None:
-            left = lease.settle_many(names, named)
-        if not left:
+        columns = settled_checked(settled)
+        names = list(settled)
+        lease = self._leases.active.get(client_id) if self._leases is not None else None
+        if final and columns is not None and lease is not None:
+            names = [names[place] for place in lease.settle_many(names, columns)]
+        calls = [self.settle(name, settled[name], final=final, client_id=client_id) for name in names]
+        if not calls:
             return
-        calls = [self.settle(names[place], named[place], final=final, client_id=client_id) for place in left]
         for result in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result
@@ -392,7 +385,8 @@ class CreditBuckets:
 
     async def _reserve_all_at_server(
         self, client_id: str, names: Sequence[str], amounts: Sequence[int], ttl_s: float
-    ) -> list[Outcome]:
+    ) -> dict[str, Outcome]:
+        """What is not simply reserved."""
         waiting: list[asyncio.Future[bytes] | Outcome] = []
         for reservation_id, micro in zip(names, amounts, strict=True):
             op = self._asked(client_id, micro, reservation_id, ttl_s)
@@ -400,16 +394,17 @@ class CreditBuckets:
                 waiting.append(self._submit(client_id, op) if isinstance(op, str) else op)
             except Unreachable as error:
                 waiting.append(self._undecided(client_id, micro, reservation_id, ttl_s, str(error)))
-        outcomes: list[Outcome] = []
+        outcomes: dict[str, Outcome] = {}
         for reservation_id, micro, answer in zip(names, amounts, waiting, strict=True):
             if not isinstance(answer, asyncio.Future):
-                outcomes.append(answer)
+                outcomes[reservation_id] = answer
                 continue
             try:
-                outcomes.append(self._decided(await answer, client_id, micro, reservation_id, ttl_s))
+                outcome = self._decided(await answer, client_id, micro, reservation_id, ttl_s)
             except Unreachable as error:
-                outcomes.append(self._undecided(client_id, micro, reservation_id, ttl_s, str(error)))
-        return outcomes
+                outcome = self._undecided(client_id, micro, reservation_id, ttl_s, str(error))
+            outcomes[reservation_id] = outcome
+        return {name: outcome for name, outcome in outcomes.items() if not is_plain(outcome)}
 
     def _asked(self, client_id: str, micro: int, reservation_id: str, ttl_s: float) -> Outcome | str:
         """What to ask the server; or the outcome, where it needn't be asked."""
@@ -417,7 +412,7 @@ class CreditBuckets:
             self._require_own(client_id, reservation_id)
             ttl_ms = ttl_ms_of(ttl_s)
             if self._leases is not None and (
-                again := self._leases.again(client_id, reservation_id, micro, ttl_s)
+                again := self._reservations.again(client_id, reservation_id, micro, ttl_s)
             ):
                 return again
         except (ReservationConflict, ReservationLapsed, InvalidReservation) as error:
@@ -435,7 +430,8 @@ class CreditBuckets:
             GRANTED.inc()
             generation = int(rest.partition(b" ")[2])
             made = Reservation(reservation_id, client_id, micro, ttl_s, generation, done=False, covered=True)
-            return self._remember(made)
+            self._reservations.stand(reservation_id, made)
+            return made
         match kind:
             case b"r":
                 EXHAUSTED.inc()
@@ -445,7 +441,7 @@ class CreditBuckets:
                     client_id, micro, reservation_id, ttl_s, "the buckets are being rebuilt"
                 )
             case b"d":
-                self._settled.note(reservation_id, client_id)
+                self._reservations.settled(reservation_id, client_id)
                 return Reservation(reservation_id, client_id, micro, ttl_s, 0, done=True, covered=True)
             case b"t":
                 return ReservationLapsed(client_id, reservation_id)
@@ -467,19 +463,13 @@ class CreditBuckets:
         ALLOWED.inc()
         self._availability.allowed(micro)
         made = Reservation(reservation_id, client_id, micro, ttl_s, 0, done=False, covered=False)
-        return self._remember(made)
-
-    def _remember(self, made: Reservation) -> Reservation:
-        known = self._known
-        known[made.reservation_id] = made
-        if len(known) > RESERVATIONS_MAX:
-            del known[next(iter(known))]
+        self._reservations.stand(reservation_id, made)
         return made
 
     def _require_own(self, client_id: str, reservation_id: str) -> None:
         """Ids are the bucket's, but settle and void name no client: one process uses an id for one client."""
-        known = self._known.get(reservation_id)
-        if known is None:
+        known = self._reservations.entries.get(reservation_id)
+        if not isinstance(known, Reservation):
             id_checked("client_id", client_id)
             id_checked("reservation_id", reservation_id)
         elif known.client_id != client_id:
@@ -491,10 +481,7 @@ class CreditBuckets:
         if client_id is not None:
             id_checked("reservation_id", reservation_id)
             return id_checked("client_id", client_id)
-        known = self._known.get(reservation_id)
-        if known is not None:
-            return known.client_id
-        found = self._settled.of(reservation_id) or self._voided.of(reservation_id)
+        found = self._reservations.client_of(reservation_id)
         if found is None:
             raise InvalidReservation(
                 f"reservation {reservation_id!r} is not known in this process: name its client_id"
@@ -550,11 +537,12 @@ class Connecting:
             self._thread.stop()
 
 
-def _undecided_of(outcomes: Sequence[Outcome | None]) -> list[int]:
-    """The places of those a lease could not decide."""
-    if None not in outcomes:
-        return []
-    return [place for place, outcome in enumerate(outcomes) if outcome is None]
+def _parted(outcomes: dict[str, Outcome | None]) -> tuple[dict[str, Outcome], list[str]]:
+    """What a lease decided, and the ids it could not decide."""
+    return (
+        {name: outcome for name, outcome in outcomes.items() if outcome is not None},
+        [name for name, outcome in outcomes.items() if outcome is None],
+    )
 
 
 def _said(answer: bytes) -> str:

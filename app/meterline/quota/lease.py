@@ -30,16 +30,16 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import repeat
 from math import ceil
 from typing import TYPE_CHECKING, Final
 
 from meterline import metrics
 from meterline.domain.buckets import BucketBalance, parse_balance
 from meterline.quota import operations
-from meterline.quota.answers import TTL_S_MAX, Outcome, Part, Reservation
+from meterline.quota.answers import TTL_S_MAX, Outcome, Part, Reservation, SettledColumns, is_plain
 from meterline.quota.availability import Unreachable
 from meterline.quota.errors import ReservationConflict, ReservationLapsed
+from meterline.quota.reservations import Held
 from meterline.quota.unstated import Unstated
 
 if TYPE_CHECKING:
@@ -63,10 +63,8 @@ SPENT_SHARE: Final = 4
 """A lease grows until one round of statements spends less than this fraction of it."""
 
 GRANTED: Final = metrics.QUOTA_DECISIONS.labels("granted")
-NOBODYS: Final[tuple[None, int]] = (None, 0)
 Submit = Callable[[str, operations.Op], "asyncio.Future[bytes]"]
 
-_new_reservation = tuple.__new__  # the generated __new__ takes twice as long
 _clock_id = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 log = logging.getLogger("meterline.quota")
@@ -136,7 +134,7 @@ class Lease:
         self.deadline = deadline
         self.is_retired = False
         self._leases = leases
-        self._held = leases.held
+        self._reservations = leases.reservations
         self._plan = leases.plan
         self._loop = asyncio.get_running_loop()
         self._seq = 0
@@ -171,41 +169,46 @@ class Lease:
             self._request = micro
             self.wake()
             return None
-        if self._leases.knows(reservation_id):
-            return self._leases.again(self.client_id, reservation_id, micro, ttl_s)
+        if reservation_id in self._reservations.entries:
+            return self._reservations.again(self.client_id, reservation_id, micro, ttl_s)
         self.free -= micro
         self.decided += micro
         self._spent += micro
         self._takes += 1
-        self._held[reservation_id] = (self, micro)
+        self._reservations.stand(reservation_id, Held(self, micro))
         ends = now + ttl_s
         self._live_until = max(self._live_until, ends)
         if self.free < self._low or ends > self.deadline:
             self._request = micro
             self._ttl_s = max(self._ttl_s, ttl_s)
             self.wake()
-        return _new_reservation(
+        return tuple.__new__(  # Reservation() takes twice as long
             Reservation, (reservation_id, self.client_id, micro, ttl_s, self.generation, False, True)
         )
 
-    def take_many(self, names: Sequence[str], amounts: Sequence[int], ttl_s: float) -> list[Outcome | None]:
-        """`take` for many; a conflict is an outcome here.
+    def take_many(
+        self, names: Sequence[str], amounts: Sequence[int], ttl_s: float
+    ) -> dict[str, Outcome | None]:
+        """`take` for many.
 
-        Where all of them are new and fit, which is nearly always, that is seen by whole sets, and the books
-        are written by columns, without a line of Python for each: it is why there is a bulk call.
+        Where all of them are new and fit, which is nearly always, that is seen and written by whole columns,
+        without a line of Python for each: it is why there is a bulk call.
+
+        Returns:
+            What is not simply reserved: `again`, a conflict; None: ask the server.
         """
         now = now_s()
         wanted = sum(amounts)
-        different = set(names)
         if (
             wanted > self.free
             or now >= self.deadline
-            or len(different) < len(names)
-            or self._leases.knows_any(different)
+            or not self._reservations.hold_new(names, amounts, self)
         ):
-            return [
-                self._take_or_why_not(name, micro, ttl_s) for name, micro in zip(names, amounts, strict=True)
-            ]
+            taken = (
+                (name, self._take_or_why_not(name, micro, ttl_s))
+                for name, micro in zip(names, amounts, strict=True)
+            )
+            return {name: outcome for name, outcome in taken if not is_plain(outcome)}
         self.free -= wanted
         self.decided += wanted
         self._spent += wanted
@@ -216,18 +219,7 @@ class Lease:
             self._request = wanted // max(1, len(names))
             self._ttl_s = max(self._ttl_s, ttl_s)
             self.wake()
-        self._held.update(zip(names, zip(repeat(self), amounts, strict=False), strict=True))
-        fields = zip(
-            names,
-            repeat(self.client_id),
-            amounts,
-            repeat(ttl_s),
-            repeat(self.generation),
-            repeat(False),  # noqa: FBT003 - done
-            repeat(True),  # noqa: FBT003 - covered
-            strict=False,  # repeat() has no end
-        )
-        return list(map(_new_reservation, repeat(Reservation), fields))
+        return {}
 
     def _take_or_why_not(self, reservation_id: str, micro: int, ttl_s: float) -> Outcome | None:
         try:
@@ -235,51 +227,48 @@ class Lease:
         except (ReservationConflict, ReservationLapsed) as error:
             return error
 
-    def settle_many(self, names: Sequence[str], settled: Sequence[Sequence[Part]]) -> Sequence[int]:
-        """`settle`, final, for many, whose parts were checked.
+    def settle_many(self, names: Sequence[str], columns: SettledColumns) -> Sequence[int]:
+        """`settle`, final, for many.
 
         Returns:
-            Which of them are not of this lease, or need a closer look, by their place.
+            Which of them this lease doesn't hold as a whole, by their place.
         """
-        if self._leases.partly:
-            return range(len(names))
-        hashes = list(map(hash, settled))
-        held = self._held
-        ended = list(map(held.pop, names, repeat(NOBODYS)))
-        others = [place for place, (holder, _) in enumerate(ended) if holder is not self]
+        reservations = self._reservations
+        holds, others = reservations.held_by(self, names)
+        source, offsets, amounts = columns
         if others:
-            own = [place for place, (holder, _) in enumerate(ended) if holder is self]
-            for place in others:
-                holder, micro = ended[place]
-                if holder is not None:
-                    held[names[place]] = (holder, micro)
-            names, settled = [names[place] for place in own], [settled[place] for place in own]
-            ended, hashes = [ended[place] for place in own], [hashes[place] for place in own]
-        holds = [micro for _, micro in ended]
+            own = sorted(set(range(len(names))).difference(others))
+            names = [names[place] for place in own]
+            offsets, amounts = [offsets[place] for place in own], [amounts[place] for place in own]
+            if not own:
+                return others
         self._state_soon()
-        used = self.unstated.add(settled, holds)
+        used = self.unstated.add(source, max(offsets), sum(amounts), sum(map(min, holds, amounts)))
         decided = sum(holds)
         self.decided -= decided
         self.free += decided - used
-        self._leases.note_settled(self.client_id, names, hashes)
+        reservations.settled_all(names, self.client_id, source, offsets)
         return others
 
     def settle(self, reservation_id: str, micro: int, parts: Sequence[Part], *, final: bool) -> None:
         """Note settled parts of a reservation that has `micro` left; the next statement names them."""
-        leases = self._leases
-        if final and not leases.partly:
-            leases.told.note(reservation_id, hash(parts))
-        else:
-            parts = leases.new_parts(reservation_id, micro, parts, final=final)
+        reservations = self._reservations
+        named = tuple(part[:3] for part in parts)
+        if not final or reservation_id in reservations.partly:
+            parts = reservations.new_parts(reservation_id, micro, parts)
         self._state_soon()
-        used = self.unstated.add((parts,), (micro,))
+        used = min(micro, sum(part.credits_micro for part in parts))
+        left = used
+        for topic_id, partition, offset, cost in parts:
+            held = min(left, cost)
+            left -= held
+            self.unstated.add((topic_id, partition), offset, cost, held)
         if final:
-            del self._held[reservation_id]
-            leases.settled.note(reservation_id, self.client_id)
+            reservations.settled(reservation_id, self.client_id, named)
             self.decided -= micro
             self.free += micro - used
         else:
-            self._held[reservation_id] = (self, micro - used)
+            reservations.stand(reservation_id, Held(self, micro - used))
             self.decided -= used
 
     def _state_soon(self) -> None:
@@ -289,11 +278,7 @@ class Lease:
 
     def void(self, reservation_id: str, micro: int) -> None:
         """The credits of a reservation can be decided again."""
-        del self._held[reservation_id]
-        ended = self._leases.voided
-        if self._leases.partly.pop(reservation_id, None) is not None:
-            ended = self._leases.settled
-        ended.note(reservation_id, self.client_id)
+        self._reservations.voided(reservation_id, self.client_id)
         self.decided -= micro
         self.free += micro
 
@@ -481,7 +466,7 @@ class Lease:
         self.free = 0
         self.is_retired = True
         self._leases.forget(self)
-        self._leases.release(self)
+        self._reservations.release(self, self._plan.ttl_s)
         while parts := self.unstated.take(STATEMENT_PARTS_MAX):
             op = operations.lease(self.reservation_id, 1, 0, parts, ttl_ms=1, generation=self.generation)
             with suppress(Unreachable):

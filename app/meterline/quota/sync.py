@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from meterline.quota.answers import Balance, Credits, Outcome, Part, Reservation
@@ -38,12 +38,12 @@ class AsyncBuckets(Protocol):
         """See `CreditBuckets.balance`."""
 
     async def reserve_many(
-        self, client_id: str, wanted: Iterable[tuple[str, Credits]], ttl_s: float = ...
-    ) -> list[Outcome]:
+        self, client_id: str, wanted: Mapping[str, Credits], ttl_s: float = ...
+    ) -> dict[str, Outcome]:
         """See `CreditBuckets.reserve_many`."""
 
     async def settle_many(
-        self, client_id: str, settled: Iterable[tuple[str, Sequence[Part]]], *, final: bool = ...
+        self, client_id: str, settled: Mapping[str, Sequence[Part]], *, final: bool = ...
     ) -> None:
         """See `CreditBuckets.settle_many`."""
 
@@ -95,14 +95,14 @@ class SyncCreditBuckets:
         return found
 
     def reserve_many(
-        self, client_id: str, wanted: Iterable[tuple[str, Credits]], ttl_s: float = 60.0
-    ) -> list[Outcome]:
+        self, client_id: str, wanted: Mapping[str, Credits], ttl_s: float = 60.0
+    ) -> dict[str, Outcome]:
         """See `CreditBuckets.reserve_many`."""
-        outcomes: list[Outcome] = self._run(self._buckets.reserve_many(client_id, wanted, ttl_s))
+        outcomes: dict[str, Outcome] = self._run(self._buckets.reserve_many(client_id, wanted, ttl_s))
         return outcomes
 
     def settle_many(
-        self, client_id: str, settled: Iterable[tuple[str, Sequence[Part]]], *, final: bool = True
+        self, client_id: str, settled: Mapping[str, Sequence[Part]], *, final: bool = True
     ) -> None:
         """See `CreditBuckets.settle_many`."""
         self._run(self._buckets.settle_many(client_id, settled, final=final))

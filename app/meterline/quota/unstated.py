@@ -6,12 +6,10 @@ keeps the sum as provisional until the log has accounted the largest offset: cre
 provisional a moment longer than they need. For this moment too little can be reserved, never too much.
 
 The bucket can't find a part that it knows in such a sum. So the process that made the sum recognises a settle
-that is repeated (`Leases.told`). Repeated elsewhere it counts twice, until the log has accounted it.
+that is repeated (`Reservations`). Repeated elsewhere it counts twice, until the log has accounted it.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
 
 from meterline.quota.answers import Part
 
@@ -34,32 +32,26 @@ class Unstated:
         """Whether something is to be stated."""
         return bool(self._sums)
 
-    def add(self, settled: Iterable[Sequence[Part]], holds: Iterable[int]) -> int:
-        """Note the parts of reservations.
+    def add(self, source: tuple[str, int], offset: int, micro: int, held: int) -> int:
+        """Note what was settled at or before an offset of a source partition.
 
         Args:
-            settled: parts of each reservation.
-            holds: what each holds.
+            source: topic id and partition.
+            offset: the largest.
+            micro: the sum.
+            held: how much of it the lease holds; what a reservation cost beyond what it held, it doesn't.
 
         Returns:
-            How much of what they hold the parts use up: one may cost more than is held for it.
+            `held`.
         """
-        sums = self._sums
-        last_topic, last_partition = "", -1
-        used = 0
-        for parts, hold in zip(settled, holds, strict=True):
-            left = hold
-            for topic_id, partition, offset, micro in parts:
-                if partition != last_partition or topic_id != last_topic:
-                    last_topic, last_partition = topic_id, partition
-                    found = sums.setdefault((topic_id, partition), [0, 0])
-                if offset > found[0]:  # noqa: PLR1730 - max() takes five times as long
-                    found[0] = offset
-                found[1] += micro
-                left -= micro
-            used += hold if left < 0 else hold - left
-        self.micro += used
-        return used
+        found = self._sums.get(source)
+        if found is None:
+            found = self._sums[source] = [0, 0]
+        if offset > found[0]:  # noqa: PLR1730 - max() takes five times as long
+            found[0] = offset
+        found[1] += micro
+        self.micro += held
+        return held
 
     def take(self, most: int) -> list[Part]:
         """The parts of the next statement, at most so many; they are no longer unstated.

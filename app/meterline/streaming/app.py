@@ -25,6 +25,7 @@ from meterline.streaming.batches import keep_batches_whole
 from meterline.streaming.chunks import RecordChunkSchema
 from meterline.streaming.consumer import ChunkTransport
 from meterline.streaming.engine import Engine, EngineLimits
+from meterline.streaming.fatal import remember_exits
 from meterline.streaming.log_ranges import topic_partition_counts
 from meterline.streaming.owner import PartitionOwner
 from meterline.streaming.tables import CommittedTable, CommittedTables
@@ -108,6 +109,7 @@ class WorkerApp(faust.App):
             apply_committed=table.apply_committed,
             caught_up=consumer.caught_up,
             seek_soon=consumer.seek_soon,
+            log_end=consumer.log_end,
         )
         table.take_over = self.engine.take_over
         await super().on_start()
@@ -158,6 +160,7 @@ def build_app(plan: WorkerPlan, settings: Settings) -> WorkerApp:
         broker_heartbeat_interval=worker.session_timeout_ms / 5000,
         consumer_auto_offset_reset="earliest",
         consumer_max_fetch_size=FETCH_BYTES_MAX,
+        consumer_metadata_max_age_ms=worker.metadata_max_age_ms,
         consumer_group_instance_id=worker.instance_id or None,
         producer_acks=-1,
         worker_redirect_stdouts=False,
@@ -230,6 +233,7 @@ def run_worker(app: WorkerApp, log_level: str = "info") -> None:
         "worker starting", worker=app.plan.name, health=f"http://{app.conf.web_bind}:{app.conf.web_port}"
     )
     threading.current_thread().name = app.plan.name
+    remember_exits(Path(app.conf.datadir))
     # Records become rows and leave again, none of them in cycles: Python's default looks for cycles every
     # 700 new objects and again over all that is pending, a quarter of the time a record takes.
     gc.freeze()

@@ -112,6 +112,13 @@ class CommittedChunksThread(driver.AIOKafkaConsumerThread):
         self._run_ends.clear()
         return await super().seek_to_committed()
 
+    def log_end(self, tp: Any) -> int | None:
+        """The partition's high watermark as a fetch told it; where aiokafka would assert, None."""
+        consumer = self._consumer
+        assignment = self._current_assignment(consumer) if consumer is not None else None
+        state = assignment.state_value(tp) if assignment is not None else None
+        return cast("int | None", state.highwater) if state is not None else None
+
     def caught_up(self, tp: Any, delivered_until: int) -> CaughtUp | None:
         """Where the partition stands if everything was read and delivered; otherwise None.
 
@@ -183,6 +190,13 @@ class ChunkConsumer(driver.Consumer):
             if tp.topic == self._positions().source_topic and tp.partition == partition:
                 thread = cast(CommittedChunksThread, self._thread)
                 return thread.caught_up(tp, delivered_until)
+        return None
+
+    def log_end(self, partition: int) -> int | None:
+        """Offset the next record will get, as the broker's newest answer told; None: not known."""
+        for tp in self.assignment():
+            if tp.topic == self._positions().source_topic and tp.partition == partition:
+                return cast(CommittedChunksThread, self._thread).log_end(tp)
         return None
 
     def seek_soon(self, partition: int, offset: int) -> asyncio.Task[None]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from meterline.errors import PartitionHalted, RetryLater
 from meterline.logs import get_logger
-from meterline.metrics import COMMITS, PARTITION_HALTED, PENDING_EVENTS
+from meterline.metrics import COMMITS, LAG_OFFSETS, PARTITION_HALTED, PENDING_EVENTS
 from meterline.settings import KafkaSettings
 from meterline.streaming.batches import BatchedRecords
 from meterline.streaming.changelog import read_changelog
@@ -86,6 +86,7 @@ class Engine:
         apply_committed: Callable[[int, Iterable[tuple[bytes, bytes | None]]], None],
         caught_up: Callable[[int, int], CaughtUp | None],
         seek_soon: Callable[[int, int], object],
+        log_end: Callable[[int], int | None] = lambda _: None,
     ) -> None:
         self.source_topic = source_topic
         self.partitions: dict[int, OwnedPartition] = {}
@@ -100,6 +101,7 @@ class Engine:
         self._apply_committed = apply_committed
         self._caught_up = caught_up
         self._seek_soon = seek_soon
+        self._log_end = log_end
         self._gate = asyncio.Event()
         self._gate.set()
         self._open_transactions = 0
@@ -152,6 +154,8 @@ class Engine:
         self.wanted = set(wanted)
         for lost in [p for p in self.partitions if p not in wanted]:
             await self._drop(self.partitions.pop(lost))
+        for lost in self.halted.keys() - wanted:
+            PARTITION_HALTED.remove(lost)  # its next owner says how it stands
         self.halted = {p: why for p, why in self.halted.items() if p in wanted}
         self._gate.set()
         self._space.set()
@@ -219,6 +223,7 @@ class Engine:
                 await held.flushing
         held.owner.close()
         held.unacknowledged.clear()
+        LAG_OFFSETS.remove(held.number)
         await held.producer.stop()
         log.info("partition dropped", partition=held.number, uncommitted=held.owner.pending)
 
@@ -227,6 +232,7 @@ class Engine:
         PARTITION_HALTED.labels(held.number).set(1)
         log.error("partition halted", partition=held.number, why=str(stop))
         self.partitions.pop(held.number, None)
+        self._space.set()  # what it held is nobody's any more: who waited for room of it goes on
         await self._drop(held)
 
     # -- delivery
@@ -279,6 +285,7 @@ class Engine:
                 await self._until_next_flush(held)
                 self._notice_quiet(held)
                 await held.owner.flush()
+                self._show_lag(held)
                 self._space.set()
         except asyncio.CancelledError:
             raise
@@ -286,6 +293,11 @@ class Engine:
             await self._halt(held, stop)
         except BaseException as error:  # noqa: BLE001 - any other end of a flush leaves its outcome unknown
             die(f"flush of partition {held.number} failed", error)
+
+    def _show_lag(self, held: OwnedPartition) -> None:
+        end = self._log_end(held.number)
+        if end is not None and held.applied_offset is not None:
+            LAG_OFFSETS.labels(held.number).set(max(0, end - 1 - held.applied_offset))
 
     async def _until_next_flush(self, held: OwnedPartition) -> None:
         """Until much is pending, or the next tick. Ticks are common to all partitions, so that their rows

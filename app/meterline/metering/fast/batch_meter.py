@@ -9,9 +9,10 @@ property test holds the two against each other on any bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 
@@ -32,14 +33,18 @@ from meterline.metering.fast.scan import (
     B_START,
     BATCH,
     BATCH_FIELDS,
+    CLIENT_CODE,
     CORRUPT,
     FIELDS,
     HEAD_BYTES,
+    NONE,
+    OCCURRED,
+    OFFSET,
     ORDINARY,
     START,
     scan_batches,
 )  # fmt: skip
-from meterline.metering.meter import INT64_MAX, ClientTotal, Flush, Meter
+from meterline.metering.meter import INT64_MAX, ClientTotal, DeadLetter, Flush, Meter, Read, WindowKey
 from meterline.metering.state import Meta
 from meterline.settings import MeteringSettings
 from meterline.streaming.batches import BatchedRecords
@@ -47,6 +52,33 @@ from meterline.streaming.batches import BatchedRecords
 __all__ = ["BatchMeter"]
 
 UNKNOWN = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Scanned:
+    """A chunk after the scan.
+
+    Attributes:
+        data: bytes of all its batches.
+        starts: where each batch begins in them.
+        records: int64[records, FIELDS]: the meter's own array, which the next scan writes anew.
+        odd: number of a record that is not ordinary -> what it is.
+    """
+
+    chunk: BatchedRecords
+    data: Any
+    starts: Sequence[int]
+    records: Any
+    odd: Mapping[int, Read]
+
+    def record(self, number: int) -> Any:
+        """One record, taken out of its batch."""
+        batch, start = self.records[number, (BATCH, START)].tolist()
+        return self.chunk.batches[batch].record(start - self.starts[batch])[0]
+
+    def kept(self) -> Scanned:
+        """The same with an array of its own."""
+        return replace(self, records=self.records.copy())
 
 
 class BatchMeter(Meter):
@@ -94,9 +126,9 @@ class BatchMeter(Meter):
         self._largest_sum = UNKNOWN
 
     def add_past(self, ref: WindowRef, past: Mapping[str, SkuTotal]) -> None:
-        """Add what the ledger holds of a window up to the applied offset."""
+        """Tell what the ledger holds of a window up to the applied offset."""
+        self._largest_sum = self._widest = UNKNOWN  # before what waited for it is decided
         super().add_past(ref, past)
-        self._largest_sum = self._widest = UNKNOWN
 
     # -- take in
 
@@ -108,6 +140,20 @@ class BatchMeter(Meter):
             super().take(records)
 
     def _take_batches(self, chunk: BatchedRecords) -> None:
+        scanned = self._scan(chunk)
+        if scanned is None:
+            super().take(chunk)  # and let it say what is wrong
+            return
+        if not len(scanned.records):
+            return
+        self.next_offset = int(scanned.records[-1, OFFSET]) + 1
+        if self._knows(self._ended_windows(scanned)):
+            self._decide_scanned(scanned)
+        else:
+            self._waiting.append(partial(self._decide_scanned, scanned.kept()))
+
+    def _scan(self, chunk: BatchedRecords) -> Scanned | None:
+        """Read each record by itself; None if the batches are not what their headers say."""
         batches = chunk.batches
         data = np.frombuffer(b"".join(batch.payload for batch in batches), np.uint8)
         table = np.empty((len(batches), BATCH_FIELDS), np.int64)
@@ -119,53 +165,65 @@ class BatchMeter(Meter):
             count += batch.count
         if count > self._work.size:
             self._work = _Work(count)
-        records, hashes = self._work.records, self._work.hashes
         heads, heads_n = _heads_array(self._heads())
         clients = self._clients.lend(count, len(data))
         skus = self._skus.lend(count, len(data))
         sources = self._sources.lend(count, len(data))
-        scanned = scan_batches(
-            data, table, chunk.first_offset, heads, heads_n, clients, skus, sources, records
-        )
-        if scanned == CORRUPT:
-            super().take(chunk)  # and let it say what is wrong
-            return
-        hash_records(data, records, scanned, hashes, *self._scratch)
-        self._index.make_room(scanned, self._appended_at)
-        rows = self._encoded.lend(scanned, len(data))
-        self._bound_sums()
-        starts = table[:, B_START].tolist()
-        first = 0
-        while (first := self._fold_scanned(data, first, scanned, rows)) < scanned:
-            last = first + 1
-            while last < scanned and not records[last, ORDINARY]:
-                last += 1  # a flood of poison is taken at one go
-            super().take(
-                [
-                    batches[batch].record(start - starts[batch])[0]
-                    for batch, start in records[first:last, (BATCH, START)].tolist()
-                ]
-            )
-            first = last
+        records = self._work.records
+        count = scan_batches(data, table, chunk.first_offset, heads, heads_n, clients, skus, sources, records)
+        if count == CORRUPT:
+            return None
+        odd: dict[int, Read] = {}
+        scanned = Scanned(chunk, data, table[:, B_START].tolist(), records[:count], odd)
+        for number in np.flatnonzero(scanned.records[:, ORDINARY] == 0).tolist():
+            read = odd[number] = self._read(scanned.record(number))
+            records[number, OCCURRED] = NONE if isinstance(read[1], DeadLetter) else read[1].occurred_at
+        return scanned
 
-    def _fold_scanned(self, data: Any, first: int, count: int, rows: tuple[Any, ...]) -> int:
+    def _ended_windows(self, scanned: Scanned) -> Iterator[WindowKey]:
+        occurred_at = scanned.records[:, OCCURRED]
+        starts = occurred_at - occurred_at % self._length
+        numbers = np.flatnonzero((occurred_at >= 0) & self._has_ended(starts))
+        if not len(numbers):
+            return
+        clients = self._clients.texts()
+        codes = scanned.records[numbers, CLIENT_CODE].tolist()
+        for number, start, code in zip(numbers.tolist(), starts[numbers].tolist(), codes, strict=True):
+            odd = scanned.odd.get(number)
+            yield start, clients[code] if odd is None else cast(UsageEvent, odd[1]).client_id
+
+    def _decide_scanned(self, scanned: Scanned) -> None:
+        records, odd = scanned.records, scanned.odd
+        count = len(records)
+        hash_records(scanned.data, records, count, self._work.hashes, *self._scratch)
+        self._index.make_room(count, self._appended_at)
+        rows = self._encoded.lend(count, len(scanned.data))
+        self._bound_sums()
+        first = 0
+        while (first := self._fold_scanned(scanned, first, rows)) < count:
+            reads = [odd.get(first) or self._read(scanned.record(first))]
+            while (first := first + 1) in odd:
+                reads.append(odd[first])  # a flood of poison is taken at one go
+            self._decide(reads)
+
+    def _fold_scanned(self, scanned: Scanned, first: int, rows: tuple[Any, ...]) -> int:
         """Run the kernel up to a record that is for the plain meter; which one, or the count."""
+        records = scanned.records
         work, settings = self._work, self._settings
         work.rules[:] = (
             self._length, settings.grace_ms, settings.allowed_lateness_ms, self._index.horizon_ms,
-            self._widest,
+            SKUS_PER_WINDOW_MAX - self._widest,
         )  # fmt: skip
         room = max(0, INT64_MAX - self._largest_sum)
         taken = self._index.taken
-        work.state[:] = (self.next_offset, self._appended_at, self.watermark, 0, 0, 0, room, taken)
+        work.state[:] = (self._undecided, self._appended_at, self.watermark, 0, 0, room, taken)
         stopped = fold_records(
-            data, work.records, work.hashes, first, count, work.rules, work.state, self._index.slots,
-            work.group_table, work.groups, work.cell_table, work.cells, work.counts, rows,
+            scanned.data, records, work.hashes, first, len(records), work.rules, work.state,
+            self._index.slots, work.group_table, work.groups, work.cell_table, work.cells, work.counts, rows,
         )  # fmt: skip
-        self.next_offset, self._appended_at, self.watermark, *counted, room_left, taken = work.state.tolist()
+        self._undecided, self._appended_at, self.watermark, *counted, room_left, taken = work.state.tolist()
         self._skipped += counted[0]
         self._duplicates += counted[1]
-        self._late += counted[2]
         self._largest_sum += room - room_left
         self._index.taken = taken
         self._settle()
@@ -176,21 +234,16 @@ class BatchMeter(Meter):
         groups, cells = self._work.changes()
         clients, skus = self._clients.texts(), self._skus.texts()
         touched = []
-        for start, code, watermark, last_offset, _ in groups:
+        for start, code, late, last_offset, _ in groups:
             client = clients[code]
-            key = start, client
-            window = self.windows.get(key)
-            if window is None:
-                window = self._window(start, client)
-                window.lacks_past = start + self._length <= watermark
-            if window.last_offset <= window.published_cutoff:
-                self._unpublished.setdefault(start, set()).add(client)
+            window = self._open(start, client)
+            self._count_late(window, late)
             window.last_offset = last_offset
             total = self._totals.get(client)
             if total is None:
                 total = self._totals[client] = ClientTotal()
             total.last_offset = max(total.last_offset, last_offset)
-            touched.append((window.skus, self._changed.setdefault(key, set()), total.sums))
+            touched.append((window.skus, self._changed[start, client], total.sums))
         self._changed_totals.update([clients[code] for _, code, *_ in groups])
         for group, code, *amounts in cells:
             of_window, changed, lifetime = touched[group]
@@ -209,17 +262,21 @@ class BatchMeter(Meter):
     # -- bounds, so that the kernel needs to know no sum and no window
 
     def _bound_sums(self) -> None:
-        """No sum is larger than `_largest_sum`, no window has more SKUs than `_widest`. Exact now and then,
-        and grown by what comes in between.
+        """No sum is larger than `_largest_sum`, no window has more SKUs than `_widest`, those that may come
+        back included. Exact now and then, and grown by what comes in between.
         """  # noqa: D205 - one sentence that needs two lines
         if self._largest_sum == UNKNOWN or self._largest_sum > INT64_MAX // 2:
-            sums = [total for window in self.windows.values() for total in window.skus.values()]
+            sums = [total for skus in self._skus_of_windows() for total in skus.values()]
             sums += [total.sums for total in self._totals.values()]
             self._largest_sum = max(
                 (max(abs(s.credits_micro), abs(s.free_credits_micro)) for s in sums), default=0
             )
         if self._widest == UNKNOWN or self._widest > SKUS_PER_WINDOW_MAX // 2:
-            self._widest = max((len(window.skus) for window in self.windows.values()), default=0)
+            self._widest = max(map(len, self._skus_of_windows()), default=0)
+
+    def _skus_of_windows(self) -> Iterator[Mapping[str, SkuTotal]]:
+        yield from (window.skus for window in self.windows.values())
+        yield from self._pasts.values()
 
     def _fold(self, event: UsageEvent, offset: int) -> None:
         super()._fold(event, offset)

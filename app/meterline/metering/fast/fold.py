@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from meterline.domain.windows import SKUS_PER_WINDOW_MAX
 from meterline.metering.fast.hashing import DIGEST, IDENTITY_HIGH, IDENTITY_LOW
 from meterline.metering.fast.jit import compiled
 from meterline.metering.fast.scan import (
@@ -37,14 +36,14 @@ from meterline.metering.fast.scan import (
 __all__ = ["fold_records", "slot_of"]
 
 # Where the partition stands: the Meter's own numbers, lent to the kernel for the time of a call.
-NEXT_OFFSET, APPENDED_AT, WATERMARK, SKIPPED, DUPLICATES, LATE, ROOM, IDS = range(8)
-STATE_FIELDS = 8
+NEXT_OFFSET, APPENDED_AT, WATERMARK, SKIPPED, DUPLICATES, ROOM, IDS = range(7)
+STATE_FIELDS = 7
 """ROOM: credits that can still be added before any sum could leave int64. IDS: slots taken in the index."""
 
 # The rules.
-WINDOW_LENGTH, GRACE, LATENESS, HORIZON, WIDEST = range(5)
+WINDOW_LENGTH, GRACE, LATENESS, HORIZON, SKU_ROOM = range(5)
 RULE_FIELDS = 5
-"""WIDEST: SKUs of the window that has the most."""
+"""SKU_ROOM: SKUs that can still be added before any window could have too many."""
 
 # The index of ids: uint64[slots, ID_FIELDS], a power of two of slots, open addressing.
 ID_LOW, ID_HIGH, ID_DIGEST, ID_TIME = range(4)
@@ -53,7 +52,7 @@ NO_TIME = np.uint64(2**64 - 1)
 """The time of a free slot."""
 
 # Windows and their SKUs as far as this run of records changes them.
-G_START, G_CLIENT, G_WATERMARK, G_LAST_OFFSET, G_CELLS = range(5)
+G_START, G_CLIENT, G_LATE, G_LAST_OFFSET, G_CELLS = range(5)
 GROUP_FIELDS = 5
 C_GROUP, C_SKU, C_COUNT, C_CREDITS, C_FREE_COUNT, C_FREE_CREDITS = range(6)
 CELL_FIELDS = 6
@@ -192,7 +191,7 @@ def fold_records(
             cell = cell_table[cell_slot]
             if cell < 0:
                 held = 0 if is_new_group else groups[group, G_CELLS]
-                if rules[WIDEST] + held >= SKUS_PER_WINDOW_MAX:
+                if held >= rules[SKU_ROOM]:
                     return i
             if row[CREDITS] > state[ROOM]:
                 return i
@@ -203,7 +202,7 @@ def fold_records(
                 counts[GROUPS] += 1
                 groups[group, G_START] = start
                 groups[group, G_CLIENT] = row[CLIENT_CODE]
-                groups[group, G_WATERMARK] = state[WATERMARK]
+                groups[group, G_LATE] = 0
                 groups[group, G_CELLS] = 0
             groups[group, G_LAST_OFFSET] = row[OFFSET]
             if cell < 0:
@@ -227,7 +226,7 @@ def fold_records(
                 state[IDS] += 1
             index[slot, ID_DIGEST] = digest
             index[slot, ID_TIME] = np.uint64(row[TIMESTAMP])
-            state[LATE] += start + length + grace <= state[WATERMARK]
+            groups[group, G_LATE] += start + length + grace <= state[WATERMARK]
             state[WATERMARK] = max(state[WATERMARK], row[OCCURRED] - rules[LATENESS])
             _write_row(data, row, hashes[i], *rows)
         state[SKIPPED] += row[OFFSET] - state[NEXT_OFFSET]

@@ -22,7 +22,7 @@ from meterline.domain.events import (
 )
 from meterline.metering.fast.jit import compiled
 
-__all__ = ["BATCH_FIELDS", "CORRUPT", "FIELDS", "code_again", "scan_batches"]
+__all__ = ["BATCH_FIELDS", "CORRUPT", "FIELDS", "NONE", "code_again", "scan_batches"]
 
 # One row per batch: where its records stand, what its header says of all of them.
 B_START, B_END, B_COUNT, B_BASE_OFFSET, B_TIMESTAMP, B_APPEND_TIME = range(6)
