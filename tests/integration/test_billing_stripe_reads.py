@@ -105,3 +105,14 @@ def test_a_meter_that_is_not_there_is_asked_again_later(account, reads):
     """It may be created; nothing is decided without an answer."""
     with pytest.raises(RetryLater, match="no active meter"):
         asyncio.run(reads.summary(key_of(account), "no_such_meter", 0, 60_000))
+
+
+def test_a_notice_names_the_request_that_was_rejected(account, reads):
+    """Stripe had answered 200; the key of the request is how its record is found."""
+    began = account.client.now()
+    assert account.send("x", "7", customer="cus_nobody", key="mlur_1:2").status == 200
+    account.client.advance(60)
+    told = [(one.idempotency_key, one.why.split(":")[0]) for one in asyncio.run(reads.notices(began))]
+
+    assert told == [("mlur_1:2", "meter_event_customer_not_found")]
+    assert asyncio.run(reads.notices(account.client.now())) == []
