@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -32,7 +32,16 @@ from meterline.domain.clients import Client
 from meterline.producer import UsageProducer
 from meterline.settings import SANDBOX_API_KEY
 
-__all__ = ["WINDOW_MS", "WORKER_SETTINGS", "Traffic", "committed", "log_ends", "metering_metas", "settle"]
+__all__ = [
+    "WINDOW_MS",
+    "WORKER_SETTINGS",
+    "Traffic",
+    "client_books",
+    "committed",
+    "log_ends",
+    "metering_metas",
+    "settle",
+]
 
 MICRO = 1_000_000
 WINDOW_MS = 1_000
@@ -311,6 +320,36 @@ def _wrong_totals(stack: RunningStack, ledger: ClickHouse) -> Iterator[str]:
     ends = {partition: end - 1 for partition, end in log_ends(stack, "usage.events").items()}
     if published != ends:
         yield f"totals are published up to {published}, the log ends at {ends}"
+
+
+def client_books(stack: RunningStack, clients: Container[str]) -> list[dict[str, tuple[int, int]]]:
+    """Events and credits of some clients: by the ledger's rows, the latest snapshots and the latest totals,
+    whatever topic and partition they came from.
+    """
+    settings = stack.settings.clickhouse
+    with ClickHouse(settings.host, settings.port, settings.database) as ledger:
+        rows = ledger.execute(
+            f"SELECT client_id, count(), sum(credits_micro) FROM ({ONE_OF_EACH_OFFSET}) GROUP BY client_id"
+        )
+    books = [{client: (count, micro) for client, count, micro in rows if client in clients}]
+    for topic, name in (("usage.windows", "usage-window"), ("usage.totals", "usage-total")):
+        schema = fastavro.parse_schema(json.loads((schemas_dir() / name / "v1.avsc").read_text()))
+        latest: dict[object, tuple[int, str, int, int]] = {}
+        for message in committed(stack, topic):
+            if message.key().startswith(b"20:meterline.progress.1,"):
+                continue
+            said = fastavro.schemaless_reader(BytesIO(message.value()[SINGLE_OBJECT_HEADER:]), schema, None)
+            parts = said.get("skus", [said])
+            amount = (sum(part["count"] for part in parts), sum(part["credits_micro"] for part in parts))
+            about = said.get("window_id", message.key())
+            found = (said["cutoff_offset"], said["client_id"], *amount)
+            latest[about] = max(latest.get(about, found), found)
+        sums: dict[str, tuple[int, int]] = {}
+        for _, client, count, micro in latest.values():
+            before = sums.get(client, (0, 0))
+            sums[client] = (before[0] + count, before[1] + micro)
+        books.append({client: amount for client, amount in sums.items() if client in clients})
+    return books
 
 
 def _wrong_billing(stack: RunningStack, ledger: ClickHouse, traffic: Traffic) -> Iterator[str]:

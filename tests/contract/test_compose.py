@@ -167,7 +167,7 @@ def test_a_worker_is_asked_for_liveness_on_its_own_port(name, port):
     assert settings_of(name)["METERLINE_WORKER__WEB_HOST"] == "0.0.0.0"
 
 
-@pytest.mark.parametrize("name", ["metering", "billing", "quota"])
+@pytest.mark.parametrize("name", ["metering", "billing", "quota", "audit"])
 def test_a_worker_starts_after_what_it_needs(name):
     """Topics and tables are there before the first worker asks for them."""
     conditions = {other: wait["condition"] for other, wait in SERVICES[name]["depends_on"].items()}
@@ -177,7 +177,7 @@ def test_a_worker_starts_after_what_it_needs(name):
     assert {"kafka", "clickhouse"} <= set(conditions)
 
 
-@pytest.mark.parametrize("name", ["setup", "metering", "billing", "quota"])
+@pytest.mark.parametrize("name", ["setup", "metering", "billing", "quota", "audit"])
 def test_every_setting_is_a_real_one_and_points_at_a_service(name, monkeypatch):
     """A misspelt variable would be ignored, and the default, the host's loopback, would be used."""
     variables = settings_of(name)

@@ -76,9 +76,9 @@ OVERRIDES = [
     (
         CommittedChunksThread,
         driver.AIOKafkaConsumerThread,
-        {"_current_assignment", "_known_positions", "caught_up"},
+        {"_current_assignment", "_known_positions", "caught_up", "log_end"},
     ),
-    (ChunkConsumer, driver.Consumer, {"_positions", "caught_up", "seek_soon"}),
+    (ChunkConsumer, driver.Consumer, {"_positions", "caught_up", "log_end", "seek_soon"}),
     (ChunkTransport, driver.Transport, set()),
     (CommittedTables, TableManager, set()),
     (CommittedTable, faust.Table, {"apply_committed"}),

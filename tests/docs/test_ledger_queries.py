@@ -28,6 +28,7 @@ VIEWS = (
     "billing_orders",
     "credit_grants",
     "quota_changes",
+    "repairs",
 )
 
 CREDIT = 1_000_000

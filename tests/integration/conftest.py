@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from tests.pipeline_books import WORKER_SETTINGS, Traffic
 from tests.worker_processes import WorkerProcess, ended_in_the_end
 
 from meterline.ledger.client import connect
 from meterline.ledger.migrate import apply_migrations
+
+COMMAND_S_MAX = 90
+"""A command starts in 2 s on free cores; a busy machine takes several times that."""
 
 
 @pytest.fixture
@@ -42,3 +49,22 @@ def worker(stack, tmp_path):
     made = WorkerProcess("metering", stack.process_environment() | WORKER_SETTINGS, tmp_path)
     with ended_in_the_end(made):
         yield made
+
+
+@pytest.fixture
+def meterline(stack):
+    """Run a command with the settings of the workers: exit code, and all it said."""
+
+    def run(*arguments):
+        done = subprocess.run(
+            [Path(sys.executable).with_name("meterline"), *map(str, arguments)],
+            env=stack.process_environment() | WORKER_SETTINGS | {"COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_S_MAX,
+            check=False,
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stdout + done.stderr
+
+    return run

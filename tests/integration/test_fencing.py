@@ -12,7 +12,7 @@ from meterline.streaming import steps
 from meterline.streaming.changelog import read_changelog
 from meterline.streaming.owner import Commit
 from meterline.streaming.steps import Step
-from meterline.streaming.transactions import FencedProducer
+from meterline.streaming.transactions import FencedProducer, transactional_client
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(120)]
 
@@ -30,6 +30,12 @@ def changelog(settings, unique):
     admin.delete_topics([name])[name].result(30)
 
 
+def producers(settings, changelog):
+    """Two of one partition: processes that both believe to own it."""
+    clients = [transactional_client(settings.kafka, f"{changelog}-0") for _ in range(2)]
+    return [FencedProducer(client, changelog, 0) for client in clients]
+
+
 def commit(credits_micro):
     """A flush after which the client's sum is this."""
     return Commit([(b"acme", str(credits_micro).encode())], (), 0)
@@ -39,7 +45,7 @@ def test_a_stalled_owner_that_wakes_up_changes_no_credit(settings, changelog):
     """Its flush is refused, begun or not: the new owner has counted these records already, and more."""
 
     async def run():
-        old, new = (FencedProducer(settings.kafka, f"{changelog}-0", changelog, 0) for _ in range(2))
+        old, new = producers(settings, changelog)
         await old.start()
         await old.transact(commit(5))
         await new.start()
@@ -70,7 +76,7 @@ def test_credits_of_a_flush_that_did_not_commit_are_no_state(settings, changelog
             raise KilledError
 
     async def run():
-        old, new = (FencedProducer(settings.kafka, f"{changelog}-0", changelog, 0) for _ in range(2))
+        old, new = producers(settings, changelog)
         await old.start()
         await old.transact(commit(5))
         steps.observe(die)

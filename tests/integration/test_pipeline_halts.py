@@ -123,8 +123,10 @@ def test_a_flood_of_dead_letters_halts_and_is_not_sent(stack, traffic, worker):
     assert [one["lag"] for one in told["partitions"]] == [0] * len(ALL)
 
 
-def test_records_gone_uncounted_halt_their_partition_alone(stack, traffic, worker):
-    """Retention passed what nobody had counted: that range is named, the other partitions go on."""
+def test_records_gone_uncounted_halt_their_partition_alone(stack, traffic, worker, meterline):
+    """Retention passed what nobody had counted: that range is named, the other partitions go on; and it, too,
+    when a person has accepted exactly that.
+    """
     work_and_leave(stack, traffic, worker)
     traffic.publish(200)
     applied, ends = applied_offsets(stack), log_ends(stack, "usage.events")
@@ -138,7 +140,9 @@ def test_records_gone_uncounted_halt_their_partition_alone(stack, traffic, worke
 
     why = (
         f"partition {gone} halted: usage.events-{gone}: offsets {applied[gone] + 1}..{start - 1} are gone "
-        "from the log and were never counted (retention passed while no worker ran)"
+        "from the log and were never counted (retention passed while no worker ran). Publish them again from "
+        f"their source where you can. To go on without them: meterline repair state {gone} --accept-gap "
+        f"{applied[gone] + 1}..{start - 1} --reason WHY"
     )
     assert problems_of(worker) == [why]
     others = [partition for partition in ALL if partition != gone]
@@ -149,3 +153,18 @@ def test_records_gone_uncounted_halt_their_partition_alone(stack, traffic, worke
     halted = [line for line in worker.get("/metrics")[1].splitlines() if line.endswith(" 1.0")]
     assert f'meterline_partition_halted{{partition="{gone}"}} 1.0' in halted
     assert worker.terminate() == 0
+    gap = f"{applied[gone] + 1}..{start - 1}"
+    for wrong in ([], ["--accept-gap", f"{applied[gone] + 1}..{start}"]):
+        code, said = meterline("repair", "state", gone, *wrong, "--reason", "a test")
+        assert (code, f"--accept-gap {gap}" in said) == (1, True), said
+    assert applied_offsets(stack)[gone] == applied[gone]
+    code, said = meterline("repair", "state", gone, "--accept-gap", gap, "--reason", "nobody has them")
+    assert code == 0, said
+    worker.start_ready()
+    traffic.publish(50)
+    until(lambda: is_applied(stack, ALL), "all is applied")
+    meta = metering_metas(stack)[gone]
+    counters = meta["counters"]
+    assert counters["unknown"] == start - 1 - applied[gone]
+    first = counters.pop("first_offset")
+    assert sum(counters.values()) == meta["applied_offset"] + 1 - first

@@ -216,8 +216,8 @@ MUTANTS = [
         edits=[
             Edit(
                 TRANSACTIONS,
-                "            transactional_id=transactional_id,\n",
-                '            transactional_id=f"{transactional_id}-{id(self)}",\n',
+                "        transactional_id=transactional_id,\n",
+                '        transactional_id=f"{transactional_id}-{asyncio.get_running_loop().time()}",\n',
             )
         ],
         tests=[FENCING],
@@ -230,7 +230,7 @@ MUTANTS = [
         "never published",
         edits=[
             Edit(
-                "app/meterline/streaming/changelog.py",
+                "app/meterline/streaming/committed.py",
                 '"isolation.level": "read_committed"',
                 '"isolation.level": "read_uncommitted"',
             )

@@ -192,7 +192,7 @@ MUTANTS = [
     Mutant(
         name="q7-sums-at-the-last-offset",
         removes="a sum of parts ends with its first event: the credits of the others are spent twice",
-        edits=[Edit(UNSTATED, "                if offset > found[0]:", "                if not found[1]:")],
+        edits=[Edit(UNSTATED, "        if offset > found[0]:", "        if not found[1]:")],
         tests=[f"{LEASE_TESTS}::test_a_statement_carries_one_part_for_each_partition"],
         speaks_of=r"lease_statements",
     ),

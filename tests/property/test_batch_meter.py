@@ -458,12 +458,16 @@ def test_a_window_that_comes_back_is_judged_with_its_past_alike(past, sku, reaso
         (FIRST + number, START, None, encoded(event, CODEC.heads(1)[0], START), [])
         for number, event in enumerate(events)
     ]
-    data = kafka_batches.batch(FIRST, records)
+    data = b"".join(
+        kafka_batches.batch(part[0][0], part)
+        for part in (records[:1], records[1:])  # the first ends the window
+    )
     sides = [Side(fast, options, first_state()) for fast in (False, True)]
     for side in sides:
         side.forgotten = {sku: total.copy() for sku, total in past.items()}
+        side.take(data, FIRST)
         side.take(data, FIRST + 2)
-        assert (side.meter.pending, side.meter.windows) == (3, {})
+        assert (side.meter.pending, list(side.meter.windows)) == (3, [(START, "a")])
     plain, fast = (side.flush(START) for side in sides)
 
     assert plain == fast

@@ -18,15 +18,13 @@ from meterline.contracts.records import event_to_record
 from meterline.domain.events import UsageEvent
 from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal
 from meterline.errors import PartitionHalted
-from meterline.metering import owner as owner_module
 from meterline.metering.owner import MeteringOwner, MeteringTools
 from meterline.metering.state import Meta, meta_key
 from meterline.metering.worker import make_meter
-from meterline.settings import KafkaSettings, MeteringSettings
-from meterline.streaming import engine as engine_module
+from meterline.settings import MeteringSettings
 from meterline.streaming.chunks import split_into_chunks
 from meterline.streaming.engine import Engine, EngineLimits
-from meterline.streaming.owner import LogRange
+from meterline.streaming.owner import Commit, LogRange, Output
 
 LENGTH, START = 1_000, 1_700_000_000_000
 OPTIONS = MeteringSettings(
@@ -39,6 +37,7 @@ CODECS = {
     name: RecordCodec(name)
     for name in ("usage-event", "usage-window", "usage-total", "usage-progress", "dead-letter")
 }
+CHANGELOG = "changelog"
 TOTAL_KEY = b"17:meterline.total.1,"
 
 
@@ -203,6 +202,7 @@ class World:
             dead_letters=CODECS["dead-letter"],
             window_partitions=1,
             make_meter=make_meter,
+            now_ms=lambda: self.now,
         )
 
     def range(self):
@@ -247,27 +247,13 @@ class World:
         return {name: getattr(counters, name) for name in ("accepted", "duplicates", "dead_letters")}
 
 
-@pytest.fixture
-def new_world(monkeypatch):
-    """Makes worlds whose workers read the world's clock."""
-    current = SimpleNamespace(world=None)
-    clock = SimpleNamespace(time_ns=lambda: current.world.now * 1_000_000)
-    monkeypatch.setattr(owner_module, "time", clock)
-
-    def make():
-        current.world = World()
-        return current.world
-
-    return make
-
-
-def lives(new_world):
+def lives():
     """A world for each write at which the first worker may die; the second one works to the end."""
-    undisturbed = new_world()
+    undisturbed = World()
     undisturbed.append_some()
     undisturbed.work()
     for dies_at in range(1, undisturbed.writes + 1):
-        world = new_world()
+        world = World()
         world.append_some()
         world.dies_at = dies_at
         world.work()
@@ -276,38 +262,34 @@ def lives(new_world):
         yield dies_at, world
 
 
-def test_a_crash_at_any_write_changes_no_credit(new_world):
+def test_a_crash_at_any_write_changes_no_credit():
     """Before or after the first meta record, an insert, a commit: ledger = windows = totals = the log."""
     wrong = {
         dies_at: (world.halted, world.books())
-        for dies_at, world in lives(new_world)
+        for dies_at, world in lives()
         if world.books() != [world.owed()] * 3
     }
 
     assert wrong == {}
 
 
-def test_a_crash_at_any_write_counts_every_record_once(new_world):
+def test_a_crash_at_any_write_counts_every_record_once():
     """Accepted, duplicate or dead letter: each offset is one of them, in the committed counters."""
-    wrong = {
-        dies_at: world.counted()
-        for dies_at, world in lives(new_world)
-        if world.counted() != dict(world.fates)
-    }
+    wrong = {dies_at: world.counted() for dies_at, world in lives() if world.counted() != dict(world.fates)}
 
     assert wrong == {}
 
 
-def test_no_progress_is_ahead_of_a_total(new_world):
+def test_no_progress_is_ahead_of_a_total():
     """When a reader sees it, the totals before it hold every credit up to its offset, in any crash."""
-    too_early = {dies_at: world.too_early for dies_at, world in lives(new_world) if world.too_early}
+    too_early = {dies_at: world.too_early for dies_at, world in lives() if world.too_early}
 
     assert too_early == {}
 
 
-def test_nothing_of_a_recreated_topic_is_counted_under_the_old_state(new_world):
+def test_nothing_of_a_recreated_topic_is_counted_under_the_old_state():
     """Its first records would be skipped and the others billed under the old name: it counts none at all."""
-    world = new_world()
+    world = World()
     world.append_some()
     world.work()
     before = world.books()
@@ -495,11 +477,8 @@ def test_the_poison_of_a_few_clients_stops_nobody(new_world):
 class Consumer:
     """Delivers to an engine from any offset, and goes where it is sent."""
 
-    def __init__(self, world, monkeypatch):
+    def __init__(self, world):
         self.world, self.position = world, 0
-        monkeypatch.setattr(engine_module, "FencedProducer", lambda *_: FakeProducer(world))
-        monkeypatch.setattr(engine_module, "read_changelog", lambda *_: dict(world.changelog))
-        monkeypatch.setattr(engine_module, "read_log_ranges", lambda *_: {0: world.range()})
 
     def seek(self, _, offset):
         self.position = offset
@@ -512,8 +491,8 @@ class Consumer:
         engine = Engine(
             group="metering",
             source_topic="usage.events",
-            changelog="changelog",
-            kafka=KafkaSettings(),
+            changelog=CHANGELOG,
+            broker=FakeBroker(self.world),
             limits=EngineLimits(flush_interval_s=0.005, pending_max=10_000, idle_after_s=3_600),
             make_owner=lambda partition: MeteringOwner(partition, self.world.tools()),
             before_fencing=nothing,
@@ -535,27 +514,75 @@ class Consumer:
         await engine.stop()
 
 
-class FakeProducer:
+class FakeBroker:
+    """The world as the engine sees it; nobody else is there to be fenced."""
+
     def __init__(self, world):
-        self.transact = world.commit
+        self.world = world
+
+    async def read_ranges(self, *_):
+        return {0: self.world.range()}
+
+    async def read_state(self, *_):
+        return dict(self.world.changelog)
+
+    def transactional_client(self, _):
+        return FakeClient(self.world)
+
+    def close(self):
+        """Nothing is held."""
+
+
+class FakeClient:
+    """One transaction at a time: what was sent becomes a commit of the world's."""
+
+    def __init__(self, world):
+        self.world = world
 
     async def start(self):
-        """Nobody else is there to be fenced."""
+        """Nobody to fence."""
 
     async def stop(self):
         """Nothing is held."""
 
+    async def begin_transaction(self):
+        self.sent = []
+
+    def create_batch(self):
+        return FakeBatch()
+
+    async def send_batch(self, batch, topic, *, partition):
+        self.sent += [Output(topic, partition, key, value) for key, value in batch.records]
+        return nothing()
+
+    async def commit_transaction(self):
+        state = [(sent.key, sent.value) for sent in self.sent if sent.topic == CHANGELOG]
+        outputs = [sent for sent in self.sent if sent.topic != CHANGELOG]
+        await self.world.commit(Commit(state, outputs, -1))
+
+
+class FakeBatch:
+    def __init__(self):
+        self.records = []
+
+    def append(self, *, key, value, **_):
+        self.records.append((key, value))
+        return True
+
+    def close(self):
+        """Nothing to pack."""
+
 
 async def nothing():
-    """No ledger to wait for."""
+    """Nobody to wait for."""
 
 
 @pytest.mark.parametrize("group_offset", [0, 3, 6, 9, 12], ids="from {}".format)
-def test_the_groups_offset_decides_nothing(new_world, monkeypatch, group_offset):
+def test_the_groups_offset_decides_nothing(group_offset):
     """Behind the state, equal to it or ahead of it: every record is counted, and once."""
-    world = new_world()
+    world = World()
     world.append_some()
-    consumer = Consumer(world, monkeypatch)
+    consumer = Consumer(world)
     consumer.run(0, 9)
 
     consumer.run(group_offset, len(world.log))

@@ -132,6 +132,7 @@ def test_programs_get_every_number(kafka):
         "duplicates": 4,
         "dead_letters": 3,
         "control": 3,
+        "unknown": 0,
         "lag": 10,
         "adds_up": True,
         "problem": "",

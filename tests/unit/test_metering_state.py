@@ -143,3 +143,33 @@ def test_a_total_is_read_back(client, sums, last_offset):
     """Client ids may hold anything."""
     assert client == state.parse_total_key(state.total_key(3, client))
     assert (sums, last_offset) == state.parse_total_value(state.total_value(sums, last_offset))
+
+
+@pytest.mark.parametrize(
+    ("change", "log", "command"),
+    [
+        ({"topic_id": "older"}, LOG, "meterline repair state 3 --reason"),
+        ({"applied_offset": 80}, LOG, "meterline repair state 3 --accept-gap 81..99 --reason"),
+        ({"applied_offset": 250}, LOG, "meterline repair log 3 --reason"),
+    ],
+    ids=["re-created", "gap", "truncated"],
+)
+def test_a_halt_at_the_log_names_the_command_that_repairs_it(change, log, command):
+    """With the partition and, of a gap, exactly its offsets."""
+    with pytest.raises(PartitionHalted) as halted:
+        check_log(replace(META, **change), log, OPTIONS)
+
+    assert command in str(halted.value)
+
+
+def test_a_halt_at_the_ledger_names_the_command_that_repairs_it():
+    """A lost changelog is rebuilt; of different sums either side may be the wrong one."""
+    with pytest.raises(PartitionHalted) as lost:
+        first_meta(LOG, (5, 110, 149), OPTIONS)
+    with pytest.raises(PartitionHalted) as different:
+        check_windows({(0, "acme", "gpu"): SkuTotal(1, 2)}, {}, META, 3)
+
+    assert "at offsets 110..149" in str(lost.value)
+    assert "meterline repair state 3 --reason" in str(lost.value)
+    for what in ("ledger", "state"):
+        assert f"meterline repair {what} 3 --reason" in str(different.value)

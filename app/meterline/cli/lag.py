@@ -31,7 +31,9 @@ __all__ = ["lag"]
 def lag(
     account: Annotated[
         bool,
-        typer.Option("--account", help="Check that first..last = accepted + duplicates + dead + control."),
+        typer.Option(
+            "--account", help="Check that first..last = accepted + duplicates + dead + control + unknown."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON for programs.")] = False,
 ) -> None:
@@ -79,14 +81,14 @@ def _lag_table(accounts: Sequence[OffsetAccount]) -> Table:
 def _account_table(accounts: Sequence[OffsetAccount]) -> Table:
     table = Table(title=f"What became of every offset of {USAGE_EVENTS}", show_footer=True)
     rows = [
-        (one.offsets, one.accepted, one.duplicates, one.dead_letters, one.control, one.lag)
+        (one.offsets, one.accepted, one.duplicates, one.dead_letters, one.control, one.unknown, one.lag)
         for one in accounts
     ]
     sums = [str(sum(column)) for column in zip(*rows, strict=True)]
     table.add_column("partition", "all", justify="right")
     table.add_column("first..last")
     for name, total in zip(
-        ("offsets", "accepted", "duplicates", "dead", "control", "lag"), sums, strict=True
+        ("offsets", "accepted", "duplicates", "dead", "control", "unknown", "lag"), sums, strict=True
     ):
         table.add_column(name, total, justify="right")
     table.add_column("adds up")

@@ -32,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "lag": ("lag:lag", "How far metering is behind; --account: what became of every offset."),
     "usage": ("usage:usage", "A client's usage by hour and SKU."),
     "receipt": ("receipt:receipt", "Every task a client pays for, and how it reached Stripe."),
+    "audit": ("audit:app", "Look through the ledger: twins are found and taken back."),
+    "repair": ("repair:app", "Bring a halted partition back: its state, or its rows in the ledger."),
     "billing": ("billing:app", "What billing knows, holds and has sent."),
     "quota": ("quota:app", "Credit buckets: give credits, read them, check them."),
 }

@@ -15,6 +15,7 @@ from meterline.contracts.codec import CONFLUENT, SINGLE_OBJECT_HEAD_BYTES, Recor
 from meterline.contracts.partitioner import partition_for
 from meterline.contracts.records import event_from_record, progress_key, total_key
 from meterline.domain.events import default_event_id, identity_hash, payload_digest
+from meterline.domain.twins import twin_correction_id
 from meterline.domain.usage_records import usage_record_identifier
 from meterline.domain.windows import WindowRef
 
@@ -51,6 +52,7 @@ def _read_back(codec: RecordCodec, framed: bytes, data: dict[str, Any]) -> bytes
 
 GOLDEN: dict[str, Callable[[dict[str, Any]], Any]] = {
     "event-id": lambda data: default_event_id(**data),
+    "twin-correction-id": lambda data: twin_correction_id(**data),
     "identity-hash": lambda data: f"{identity_hash(**data):024x}",
     "payload-digest": _payload_digest,
     "window-id": lambda data: WindowRef(**data).window_id,

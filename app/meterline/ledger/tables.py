@@ -11,6 +11,8 @@ __all__ = [
     "EVENT_COLUMNS",
     "QUOTA_CHANGE_LOG",
     "QUOTA_CHANGE_LOG_COLUMNS",
+    "REPAIR_LOG",
+    "REPAIR_LOG_COLUMNS",
     "USAGE_RECORD_LOG",
     "USAGE_RECORD_LOG_COLUMNS",
     "WINDOW_SNAPSHOTS",
@@ -138,6 +140,21 @@ QUOTA_CHANGE_LOG_COLUMNS = (
     "detail",
 )
 """Times are int milliseconds; no client, grant or reservation: ''."""
+
+REPAIR_LOG = "repair_log"
+REPAIR_LOG_COLUMNS = (
+    "repair_id",
+    "ordered_at",
+    "action",
+    "topic_id",
+    "partition",
+    "first_offset",
+    "last_offset",
+    "changed_by",
+    "reason",
+    "detail",
+)
+"""Times are int milliseconds."""
 
 BILLING_ORDER_LOG = "billing_order_log"
 BILLING_ORDER_LOG_COLUMNS = (

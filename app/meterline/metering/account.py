@@ -21,6 +21,7 @@ class OffsetAccount:
         last: newest applied one; below `first`: none.
         lag: offsets behind it, up to the end of the log.
         control: offsets without a data record: transaction markers and aborted records.
+        unknown: offsets of which a repair could not tell what became of them.
         problem: why the two sides are not equal, or don't belong to this log; empty: they do and are.
     """
 
@@ -32,6 +33,7 @@ class OffsetAccount:
     duplicates: int = 0
     dead_letters: int = 0
     control: int = 0
+    unknown: int = 0
     watermark_ms: int = 0
     appended_at_ms: int = 0
     problem: str = ""
@@ -44,7 +46,7 @@ class OffsetAccount:
     @property
     def counted(self) -> int:
         """How many of them ended as something."""
-        return self.accepted + self.duplicates + self.dead_letters + self.control
+        return self.accepted + self.duplicates + self.dead_letters + self.control + self.unknown
 
 
 def account_of(meta: Meta | None, log: LogRange) -> OffsetAccount:
@@ -68,6 +70,7 @@ def account_of(meta: Meta | None, log: LogRange) -> OffsetAccount:
         duplicates=counters.duplicates,
         dead_letters=counters.dead_letters,
         control=counters.skipped,
+        unknown=counters.unknown,
         watermark_ms=meta.watermark,
         appended_at_ms=meta.appended_at,
     )

@@ -1,4 +1,7 @@
-"""What halts a partition: state, log and ledger that don't tell one story at its start, and the brake."""
+"""What halts a partition: state, log and ledger that don't tell one story at its start, and the brake.
+
+Each text names the exact range and the command that repairs it, or what to do where no command can.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from meterline.metering.state import FORMAT_VERSION, RULE_VERSION, Counters, Met
 from meterline.settings import MeteringSettings
 from meterline.streaming.owner import LogRange
 
-__all__ = ["check_flood", "check_log", "check_range", "check_windows", "first_meta"]
+__all__ = ["check_flood", "check_log", "check_range", "check_windows", "first_meta", "repair_command"]
 
 SkuKey = tuple[int, str, str]
 """Window start (ms), client, SKU."""
@@ -29,8 +32,8 @@ def first_meta(log: LogRange, in_ledger: tuple[int, int, int] | None, settings: 
         raise _halted(
             log,
             f"the ledger has {count} events at offsets {first}..{last}, but the changelog has no state: it "
-            "was deleted or belongs to another cluster. Counting again could bill twice: restore the "
-            "changelog, or rebuild the state from the ledger",
+            "was deleted or belongs to another cluster. Counting again could bill twice. To rebuild the "
+            f"state from the ledger: {repair_command('state', log.partition)}",
         )
     return Meta(
         cluster_id=log.cluster_id,
@@ -50,24 +53,28 @@ def check_range(meta: Meta, log: LogRange) -> None:
         PartitionHalted: with the exact range.
     """
     following = meta.applied_offset + 1
+    gap = following, log.start_offset - 1
     if meta.topic_id != log.topic_id:
         raise _halted(
             log,
             f"the topic was re-created: the state is of topic id {meta.topic_id} up to offset "
             f"{meta.applied_offset}, the topic is now {log.topic_id} with offsets "
-            f"{log.start_offset}..{log.end_offset - 1}",
+            f"{log.start_offset}..{log.end_offset - 1}. To publish what was counted of the old one and begin "
+            f"the new one: {repair_command('state', log.partition)}",
         )
     if following < log.start_offset:
         raise _halted(
             log,
-            f"offsets {following}..{log.start_offset - 1} are gone from the log and were never counted "
-            "(retention passed while no worker ran)",
+            f"offsets {gap[0]}..{gap[1]} are gone from the log and were never counted "
+            "(retention passed while no worker ran). Publish them again from their source where you can. To "
+            f"go on without them: {repair_command('state', log.partition, gap)}",
         )
     if following > log.end_offset:
         raise _halted(
             log,
             f"offsets {log.end_offset}..{meta.applied_offset} were counted, but the log ends at "
-            f"{log.end_offset - 1}: it was truncated",
+            f"{log.end_offset - 1}: it was truncated, and new records would get offsets that count as taken. "
+            f"Restore the log, or fill it up: {repair_command('log', log.partition)}",
         )
 
 
@@ -110,7 +117,9 @@ def check_windows(
     )
     raise PartitionHalted(
         f"partition {partition}: up to offset {meta.applied_offset} the ledger and the state differ in "
-        f"{len(different)} of {len(kept)} sums: {shown}"
+        f"{len(different)} of {len(kept)} sums: {shown}. Where rows are missing: "
+        f"{repair_command('ledger', partition)}. Where the ledger is right: "
+        f"{repair_command('state', partition)}. Each refuses where it would be wrong"
     )
 
 
@@ -128,6 +137,12 @@ def check_flood(flood: str, log: LogRange) -> None:
             "restart: they are read again. If they are wrong for good, let them pass with "
             "METERLINE_METERING__BRAKE_DEAD_LETTERS_MAX=1000 and a restart, and set it back after them",
         )
+
+
+def repair_command(what: str, partition: int, gap: tuple[int, int] | None = None) -> str:
+    """What a person types; only the reason is theirs."""
+    accepted = f" --accept-gap {gap[0]}..{gap[1]}" if gap else ""
+    return f"meterline repair {what} {partition}{accepted} --reason WHY"
 
 
 def _halted(log: LogRange, why: str) -> PartitionHalted:

@@ -561,6 +561,7 @@ class Meter:
                 counters.duplicates + self._duplicates,
                 counters.dead_letters + len(self._dead),
                 counters.skipped + self._skipped,
+                counters.unknown,
             ),
         )
 

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from meterline.contracts.codec import RecordCodec
-from meterline.contracts.partitioner import partition_for
-from meterline.contracts.records import (
-    event_from_record,
-    progress_key,
-    progress_to_record,
-    snapshot_to_record,
-    total_key,
-    total_to_record,
-)
-from meterline.contracts.topics import USAGE_EVENTS_DLQ, USAGE_TOTALS, USAGE_WINDOWS
+from meterline.contracts.records import event_from_record
+from meterline.contracts.topics import USAGE_EVENTS_DLQ
 from meterline.domain.events import UsageEvent
-from meterline.domain.totals import UsageProgress, UsageTotal
-from meterline.domain.windows import WindowSnapshot
 from meterline.ledger import queries
 from meterline.ledger.reader import LedgerReader
 from meterline.ledger.tables import EVENT_COLUMNS, EVENTS
@@ -27,6 +16,7 @@ from meterline.ledger.writer import LedgerWriter
 from meterline.logs import get_logger
 from meterline.metering.checks import check_flood, check_log, check_windows, first_meta
 from meterline.metering.meter import DeadLetter, Flush, Meter
+from meterline.metering.outputs import progress_output, total_output, window_output
 from meterline.metering.state import FORMAT_VERSION, Meta, meta_key
 from meterline.metrics import (
     DEAD_LETTERS,
@@ -41,6 +31,7 @@ from meterline.metrics import (
     WINDOWS_PUBLISHED,
 )
 from meterline.settings import MeteringSettings
+from meterline.streaming.clock import wall_clock_ms
 from meterline.streaming.owner import Commit, CommitFn, LogRange, Output, PartitionOwner, SourceRecord
 from meterline.streaming.steps import Step, reached
 
@@ -71,6 +62,7 @@ class MeteringTools:
     dead_letters: RecordCodec
     window_partitions: int
     make_meter: MakeMeter
+    now_ms: Callable[[], int] = wall_clock_ms
 
 
 class MeteringOwner(PartitionOwner):
@@ -181,7 +173,7 @@ class MeteringOwner(PartitionOwner):
         await self._bring_pasts()
         check_flood(self._meter.brake.flood, self._log)
         with FLUSH_STEP_SECONDS.labels("build").time():
-            flush = self._meter.build_flush(time.time_ns() // 1_000_000)
+            flush = self._meter.build_flush(self._tools.now_ms())
         if flush is None:
             return
         reached(Step.FLUSH_BUILT)
@@ -189,11 +181,14 @@ class MeteringOwner(PartitionOwner):
             with FLUSH_STEP_SECONDS.labels("insert").time():
                 await self._tools.writer.insert(EVENTS, EVENT_COLUMNS, flush.rows, flush.block)
             reached(Step.ROWS_INSERTED)
-        outputs = [self._window_output(snapshot) for snapshot in flush.snapshots]
+        tools = self._tools
+        outputs = [
+            window_output(snapshot, tools.windows, tools.window_partitions) for snapshot in flush.snapshots
+        ]
         outputs += [self._dead_letter_output(dead) for dead in flush.dead_letters]
-        outputs += [self._total_output(total) for total in flush.totals]
+        outputs += [total_output(total, tools.totals) for total in flush.totals]
         if flush.progress is not None:
-            outputs.append(self._progress_output(flush.progress))  # behind every total it speaks of
+            outputs.append(progress_output(flush.progress, tools.progress))
         with FLUSH_STEP_SECONDS.labels("commit").time():
             await self._commit(Commit(flush.changelog, outputs, flush.meta.applied_offset))
         self._meter.committed(flush)
@@ -207,11 +202,6 @@ class MeteringOwner(PartitionOwner):
                 sums = await self._tools.reader.ask(queries.window_sums, [(ref, applied) for ref in lacking])
             for ref, past in zip(lacking, sums, strict=True):
                 self._meter.add_past(ref, past)
-
-    def _window_output(self, snapshot: WindowSnapshot) -> Output:
-        key = snapshot.ref.client_id.encode()
-        value = self._tools.windows.encode(snapshot_to_record(snapshot), trusted=True)
-        return Output(USAGE_WINDOWS, partition_for(key, self._tools.window_partitions), key, value)
 
     def _dead_letter_output(self, dead: DeadLetter) -> Output:
         record = dead.record
@@ -229,16 +219,6 @@ class MeteringOwner(PartitionOwner):
         }
         # One hung worker must not hold up the readers of other partitions: source partition = dlq partition.
         return Output(USAGE_EVENTS_DLQ, self._partition, record.key, self._tools.dead_letters.encode(letter))
-
-    def _total_output(self, total: UsageTotal) -> Output:
-        key = total_key(total.topic_id, total.partition, total.client_id)
-        value = self._tools.totals.encode(total_to_record(total), trusted=True)
-        return Output(USAGE_TOTALS, self._partition, key, value)
-
-    def _progress_output(self, progress: UsageProgress) -> Output:
-        key = progress_key(progress.topic_id, progress.partition)
-        value = self._tools.progress.encode(progress_to_record(progress))
-        return Output(USAGE_TOTALS, self._partition, key, value)
 
     # -- what people see
 
@@ -272,7 +252,7 @@ class MeteringOwner(PartitionOwner):
         DEDUPE_IDS.labels(partition).set(len(meter.seen))
 
     def _watermark_age_s(self) -> float:
-        return (time.time_ns() // 1_000_000 - self._meter.watermark) / 1000
+        return (self._tools.now_ms() - self._meter.watermark) / 1000
 
     def close(self) -> None:
         """Somebody else tells of this partition now."""

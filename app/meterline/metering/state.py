@@ -20,6 +20,7 @@ from meterline.domain.windows import SkuTotal
 
 __all__ = [
     "FORMAT_VERSION",
+    "GROUP",
     "RULE_VERSION",
     "Counters",
     "Meta",
@@ -38,6 +39,9 @@ __all__ = [
     "total_value",
     "window_key",
 ]
+
+GROUP = "metering"
+"""Consumer group, name of the Faust app, and prefix of the partitions' transactional ids."""
 
 FORMAT_VERSION = 2
 """Of these bytes. A change needs a migration. 2 added the totals, which format 1 finds in the ledger."""
@@ -60,6 +64,9 @@ class Counters:
     dead_letters: int = 0
     skipped: int = 0
     """Offsets without a data record: transaction markers and aborted records."""
+    unknown: int = 0
+    """Offsets of which a repair could not tell what became of them: gone from the log uncounted, or counted
+    by a state that is lost and in no ledger row."""
 
 
 @dataclass(slots=True)

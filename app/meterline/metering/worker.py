@@ -20,7 +20,7 @@ from meterline.ledger.writer import LedgerWriter
 from meterline.metering.fast import load_fast_path
 from meterline.metering.meter import Meter
 from meterline.metering.owner import MeteringOwner, MeteringTools
-from meterline.metering.state import Meta
+from meterline.metering.state import GROUP, Meta
 from meterline.settings import MeteringSettings, Settings, load_settings
 from meterline.streaming.app import WorkerApp, WorkerPlan, build_app
 from meterline.streaming.engine import EngineLimits
@@ -71,7 +71,7 @@ def create_app(settings: Settings) -> WorkerApp:
 
     return build_app(
         WorkerPlan(
-            name="metering",
+            name=GROUP,
             source_topic=USAGE_EVENTS,
             other_topics=(USAGE_WINDOWS, USAGE_TOTALS, USAGE_EVENTS_DLQ),
             limits=EngineLimits(

@@ -22,6 +22,7 @@ from meterline.errors import UserError
 from meterline.logs import configure_logs, get_logger
 from meterline.settings import KafkaSettings, Settings
 from meterline.streaming.batches import keep_batches_whole
+from meterline.streaming.broker_log import KafkaLog
 from meterline.streaming.chunks import RecordChunkSchema
 from meterline.streaming.consumer import ChunkTransport
 from meterline.streaming.engine import Engine, EngineLimits
@@ -102,7 +103,7 @@ class WorkerApp(faust.App):
             group=self.plan.name,
             source_topic=self.plan.source_topic,
             changelog=self.plan.changelog,
-            kafka=self.kafka,
+            broker=KafkaLog(self.kafka),
             limits=self.plan.limits,
             make_owner=make_owner,
             before_fencing=self.plan.before_fencing,

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from meterline.errors import PartitionHalted, RetryLater
 from meterline.logs import get_logger
 from meterline.metrics import COMMITS, LAG_OFFSETS, PARTITION_HALTED, PENDING_EVENTS
-from meterline.settings import KafkaSettings
 from meterline.streaming.batches import BatchedRecords
-from meterline.streaming.changelog import read_changelog
+from meterline.streaming.broker_log import BrokerLog
+from meterline.streaming.clock import wall_clock_ms
 from meterline.streaming.consumer import CaughtUp
 from meterline.streaming.fatal import die
-from meterline.streaming.log_ranges import read_log_ranges
 from meterline.streaming.owner import Commit, LogRange, PartitionOwner
 from meterline.streaming.steps import Step, reached
-from meterline.streaming.transactions import FencedProducer
+from meterline.streaming.transactions import FencedProducer, transactional_id_of
 
 __all__ = ["Engine", "EngineLimits"]
 
@@ -32,9 +29,6 @@ OPEN_TRANSACTION_WAIT_S = 20.0
 """Longer than the transaction timeout: if a commit takes longer, the broker has given it up and so do we."""
 
 RETRY_PAUSE_S = 0.5
-
-READER_THREADS = 8
-"""Changelogs read side by side when many partitions arrive at once; librdkafka does the work."""
 
 log = get_logger(__name__)
 
@@ -79,7 +73,7 @@ class Engine:
         group: str,
         source_topic: str,
         changelog: str,
-        kafka: KafkaSettings,
+        broker: BrokerLog,
         limits: EngineLimits,
         make_owner: Callable[[int], PartitionOwner],
         before_fencing: Callable[[], Awaitable[None]],
@@ -87,6 +81,7 @@ class Engine:
         caught_up: Callable[[int, int], CaughtUp | None],
         seek_soon: Callable[[int, int], object],
         log_end: Callable[[int], int | None] = lambda _: None,
+        now_ms: Callable[[], int] = wall_clock_ms,
     ) -> None:
         self.source_topic = source_topic
         self.partitions: dict[int, OwnedPartition] = {}
@@ -94,7 +89,7 @@ class Engine:
         self.wanted: set[int] = set()
         self._group = group
         self._changelog = changelog
-        self._kafka = kafka
+        self._broker = broker
         self._limits = limits
         self._make_owner = make_owner
         self._before_fencing = before_fencing
@@ -102,13 +97,13 @@ class Engine:
         self._caught_up = caught_up
         self._seek_soon = seek_soon
         self._log_end = log_end
+        self._now_ms = now_ms
         self._gate = asyncio.Event()
         self._gate.set()
         self._open_transactions = 0
         self._space = asyncio.Event()
         self._taking_over = asyncio.Lock()
         self._assignment_number = 0
-        self._threads = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="restore")
 
     # -- what the consumer asks (streaming.consumer.Positions)
 
@@ -128,9 +123,9 @@ class Engine:
         none of our business either: what it writes is harmless without a commit.
         """
         self._gate.clear()
-        deadline = time.monotonic() + OPEN_TRANSACTION_WAIT_S
+        deadline = _loop_time() + OPEN_TRANSACTION_WAIT_S
         while self._open_transactions:
-            if time.monotonic() > deadline:
+            if _loop_time() > deadline:
                 die("a transaction did not end before a rebalance")
             await asyncio.sleep(0.002)
 
@@ -171,7 +166,7 @@ class Engine:
 
     async def _restore_all(self, new: list[int], number: int) -> None:
         await self._before_fencing()
-        ranges = await self._patiently(read_log_ranges, self._kafka, self.source_topic, new)
+        ranges = await self._patiently(self._broker.read_ranges, self.source_topic, new)
         if number != self._assignment_number:
             return
         restored = await asyncio.gather(*(self._restore(ranges[p]) for p in new))
@@ -183,13 +178,14 @@ class Engine:
     async def _restore(self, where: LogRange) -> OwnedPartition | None:
         """Fence first, then read: otherwise a commit of the previous owner could land after the read."""
         partition = where.partition
-        producer = FencedProducer(
-            self._kafka, f"{self._group}-{self.source_topic}-{partition}", self._changelog, partition
+        client = self._broker.transactional_client(
+            transactional_id_of(self._group, self.source_topic, partition)
         )
+        producer = FencedProducer(client, self._changelog, partition)
         held = OwnedPartition(partition, self._make_owner(partition), producer)
         await producer.start()
         reached(Step.OWNER_FENCED)
-        state = await self._patiently(read_changelog, self._kafka, self._changelog, partition)
+        state = await self._patiently(self._broker.read_state, self._changelog, partition)
         reached(Step.STATE_READ)
         self._apply_committed(partition, state.items())
 
@@ -205,12 +201,11 @@ class Engine:
         reached(Step.STATE_RESTORED)
         return held
 
-    async def _patiently(self, call: Callable[..., T], *args: Any) -> T:
-        """Run blocking IO in a thread until the other side answers."""
-        loop = asyncio.get_running_loop()
+    async def _patiently(self, call: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Ask until the other side answers."""
         while True:
             try:
-                return await loop.run_in_executor(self._threads, call, *args)
+                return await call(*args)
             except RetryLater as error:
                 log.warning("waiting for Kafka", error=str(error))
                 await asyncio.sleep(RETRY_PAUSE_S)
@@ -266,7 +261,8 @@ class Engine:
     async def _wait_for_space(self) -> None:
         while (pending := self._pending()) >= self._limits.pending_max // 2:
             for held in self.partitions.values():
-                held.kick.set()
+                if held.owner.pending:  # the flush of nothing would end at once, and wake us, and so on
+                    held.kick.set()
             if pending < self._limits.pending_max:
                 return
             self._space.clear()
@@ -305,7 +301,7 @@ class Engine:
         """  # noqa: D205 - one sentence that needs two lines
         interval = self._limits.flush_interval_s
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(held.kick.wait(), interval - time.monotonic() % interval)
+            await asyncio.wait_for(held.kick.wait(), interval - _loop_time() % interval)
         held.kick.clear()
 
     def _notice_quiet(self, held: OwnedPartition) -> None:
@@ -316,16 +312,16 @@ class Engine:
             held.owner.on_read_to_end()
         # Two looks, apart: an answer to a fetch that was sent after the first look makes its time certain.
         if before is None or now is None or before.position != now.position:
-            held.quiet_since = time.monotonic()
+            held.quiet_since = _loop_time()
             return
         if now.answered_at_ms > before.answered_at_ms:
             # The newer answer is to a fetch that was sent after the older one came: what the broker had
             # appended by then is in it. Its own time says less: it may have waited for this process.
             held.owner.on_caught_up(before.answered_at_ms - 1)
         if held.owner.pending:
-            held.quiet_since = time.monotonic()
-        elif time.monotonic() - held.quiet_since >= self._limits.idle_after_s:
-            held.owner.on_idle(time.time_ns() // 1_000_000)
+            held.quiet_since = _loop_time()
+        elif _loop_time() - held.quiet_since >= self._limits.idle_after_s:
+            held.owner.on_idle(self._now_ms())
 
     async def _commit(self, held: OwnedPartition, what: Commit) -> None:
         async with held.commit_turn:
@@ -367,4 +363,8 @@ class Engine:
         for held in list(self.partitions.values()):
             del self.partitions[held.number]
             await self._drop(held)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._broker.close()
+
+
+def _loop_time() -> float:
+    return asyncio.get_running_loop().time()

@@ -11,7 +11,7 @@ from meterline.errors import RetryLater, UserError
 from meterline.settings import KafkaSettings
 from meterline.streaming.owner import LogRange
 
-__all__ = ["read_log_ranges", "topic_partition_counts"]
+__all__ = ["offset_at", "read_log_ranges", "topic_partition_counts"]
 
 ADMIN_TIMEOUT_S = 10.0
 
@@ -72,3 +72,22 @@ def read_log_ranges(kafka: KafkaSettings, topic: str, partitions: list[int]) -> 
     finally:
         reader.close()
     return ranges
+
+
+def offset_at(kafka: KafkaSettings, topic: str, partition: int, appended_at_ms: int) -> int | None:
+    """The first offset that was appended at or after a time; None: nothing was. Blocks.
+
+    Raises:
+        RetryLater: the broker doesn't answer.
+    """
+    config: dict[str, Any] = kafka.client_config() | {"error_cb": _quiet, "log_level": 0}
+    reader = Consumer(config | {"group.id": f"{topic}-ranges", "enable.auto.commit": False})
+    try:
+        (found,) = reader.offsets_for_times(
+            [TopicPartition(topic, partition, appended_at_ms)], timeout=ADMIN_TIMEOUT_S
+        )
+    except KafkaException as error:
+        raise RetryLater(f"reading the offsets of {topic}: {error.args[0]}") from None
+    finally:
+        reader.close()
+    return found.offset if found.offset >= 0 else None

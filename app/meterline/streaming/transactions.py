@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, Protocol, cast
 
 from aiokafka import AIOKafkaProducer
 
@@ -12,7 +13,7 @@ from meterline.settings import KafkaSettings
 from meterline.streaming.owner import Commit, Output
 from meterline.streaming.steps import Step, reached
 
-__all__ = ["FencedProducer"]
+__all__ = ["FencedProducer", "TransactionalClient", "transactional_client", "transactional_id_of"]
 
 TRANSACTION_TIMEOUT_MS = 15_000
 """An owner that stalls inside a transaction holds up readers at most this long (plus the coordinator's 10 s
@@ -27,25 +28,44 @@ REQUEST_BYTES_MAX = 2_000_000
 STOP_TIMEOUT_S = 5.0
 
 
+def transactional_id_of(group: str, source_topic: str, partition: int) -> str:
+    """The id under which a consumer group's owner of a partition commits: who starts last with it owns it."""
+    return f"{group}-{source_topic}-{partition}"
+
+
+class TransactionalClient(Protocol):
+    """What is used of aiokafka's producer. Whatever it raises, the outcome is unknown."""
+
+    async def start(self) -> None:
+        """Fence every earlier producer of the id; its open transaction is finished or aborted first."""
+
+    async def stop(self) -> None:
+        """Let go of the connections. An open transaction stays open until somebody starts, or it times out."""
+
+    async def begin_transaction(self) -> None:
+        """Only a note in this process: the broker hears of it with the first batch."""
+
+    async def commit_transaction(self) -> None:
+        """Wait for the batches, then commit; returns when the broker has decided."""
+
+    def create_batch(self) -> Any:
+        """Aiokafka's BatchBuilder: `append` (None: full) and `close`."""
+
+    async def send_batch(self, batch: Any, topic: str, *, partition: int) -> Awaitable[Any]:
+        """Queue a batch as part of the transaction; what it returns ends when the broker has it."""
+
+
 class FencedProducer:
-    """Transactions of one source partition, over aiokafka.
+    """Transactions of one source partition.
 
     Any error out of `transact` leaves the outcome unknown and the producer useless: the process must exit.
     The next owner's `start` finishes or aborts what was open, and only then is the state read.
     """
 
-    def __init__(self, kafka: KafkaSettings, transactional_id: str, changelog: str, partition: int) -> None:
+    def __init__(self, client: TransactionalClient, changelog: str, partition: int) -> None:
         self._changelog = changelog
         self._partition = partition
-        self._producer = AIOKafkaProducer(
-            **aiokafka_config(kafka),
-            transactional_id=transactional_id,
-            transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
-            max_batch_size=BATCH_BYTES_MAX,
-            max_request_size=REQUEST_BYTES_MAX,
-            linger_ms=0,
-            acks="all",
-        )
+        self._producer = client
 
     async def start(self) -> None:
         """Fence every earlier producer of this id; their open transaction is finished or aborted first."""
@@ -97,6 +117,20 @@ class FencedProducer:
             await asyncio.wait_for(self._producer.stop(), STOP_TIMEOUT_S)
         except Exception:  # noqa: BLE001 - a fenced producer may refuse to stop; the connections die with us
             return
+
+
+def transactional_client(kafka: KafkaSettings, transactional_id: str) -> TransactionalClient:
+    """A producer over aiokafka, not started yet."""
+    producer = AIOKafkaProducer(
+        **aiokafka_config(kafka),
+        transactional_id=transactional_id,
+        transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
+        max_batch_size=BATCH_BYTES_MAX,
+        max_request_size=REQUEST_BYTES_MAX,
+        linger_ms=0,
+        acks="all",
+    )
+    return cast(TransactionalClient, producer)
 
 
 def aiokafka_config(kafka: KafkaSettings) -> dict[str, Any]:
