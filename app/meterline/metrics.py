@@ -17,6 +17,7 @@ __all__ = [
     "EVENTS_TAKEN",
     "FATAL_EXITS",
     "FLUSH_STEP_SECONDS",
+    "INVOICE_CLOSES_SECONDS",
     "LAG_OFFSETS",
     "LATE_EVENTS",
     "OLDEST_WINDOW_SECONDS",
@@ -111,6 +112,11 @@ WINDOWS_CONTRADICTED = Counter(
     "Snapshots that say something else than the known one of the same cutoff: none, or a bug.",
 )
 USAGE_RECORDS_HELD = Gauge("meterline_usage_records_held", "Usage records held, by reason.", ["reason"])
+INVOICE_CLOSES_SECONDS = Gauge(
+    "meterline_invoice_closes_seconds",
+    "Seconds until the next invoice closes without a usage record not told yet; infinite without one.",
+    ["partition"],
+)
 
 # -- quota workers
 

@@ -151,6 +151,9 @@ class BillingSettings(BaseModel):
     rows were acknowledged before its snapshot was committed: only a lagging replica needs a few seconds."""
     held_recheck_interval_ms: int = Field(10_000, ge=100)
     """How often a held window is looked at again."""
+    invoice_grace_ms: int = Field(HOUR_MS, ge=HOUR_MS, le=72 * HOUR_MS)
+    """How long after a period's end Stripe finalises its invoice: as the Stripe account is set (dashboard,
+    rules for subscription invoices). Longer leaves time for what Stripe didn't take at once."""
 
 
 class QuotaSettings(BaseModel):

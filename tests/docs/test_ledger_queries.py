@@ -19,7 +19,17 @@ pytestmark = pytest.mark.stack
 
 PAGE = (Path(__file__).parents[2] / "docs" / "ledger.md").read_text()
 QUERIES = re.findall(r"^```sql\n(.+?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-VIEWS = ("usage", "usage_by_hour", "windows", "usage_records", "credit_grants", "quota_changes", "repairs")
+VIEWS = (
+    "usage",
+    "usage_by_hour",
+    "windows",
+    "usage_records",
+    "billing_periods",
+    "billing_orders",
+    "credit_grants",
+    "quota_changes",
+    "repairs",
+)
 
 CREDIT = 1_000_000
 

@@ -9,8 +9,10 @@ __all__ = ["MUTANTS"]
 OWNER = "app/meterline/billing/owner.py"
 INTAKE = "app/meterline/billing/intake.py"
 OUTBOUND = "app/meterline/billing/outbound.py"
-VALUATION = "app/meterline/billing/valuation.py"
 DOMAIN = "app/meterline/domain/billing.py"
+ACCOUNT = "app/meterline/domain/accounts.py"
+BOOKS = "app/meterline/domain/account_books.py"
+RECONCILER = "app/meterline/billing/reconciler.py"
 
 GUARDS = "tests/unit/test_guards_billing.py"
 UNITS = f"{GUARDS}::test_a_crash_anywhere_bills_the_whole_credits_once"
@@ -18,6 +20,7 @@ CREDITS = f"{GUARDS}::test_a_crash_anywhere_leaves_every_credit_in_the_ledger"
 ACCOUNTS = "tests/property/test_billing_accounts.py"
 INTAKE_TESTS = "tests/unit/test_billing_intake.py"
 
+UNITS_AT_STRIPE = r"stripe\.units\(\)"
 WRONG = r"wrong == \{\}[\s\S]*(acme|other)"
 
 MUTANTS = [
@@ -28,8 +31,8 @@ MUTANTS = [
         edits=[
             Edit(
                 OWNER,
-                "        committed_at = boot_time()\n",
-                "        committed_at = boot_time()\n"
+                "        committed_at = parts.clock.boot_s()\n",
+                "        committed_at = parts.clock.boot_s()\n"
                 "        self._outbound.start(attempts, committed_at)\n"
                 "        await asyncio.sleep(0.01)\n",
             ),
@@ -47,9 +50,9 @@ MUTANTS = [
         removes="units are rounded, not floored: a client pays a credit it has not used up",
         edits=[
             Edit(
-                DOMAIN,
-                "max(0, credits_micro // unit_micro))",
-                "max(0, (credits_micro + unit_micro // 2) // unit_micro))",
+                ACCOUNT,
+                "max(0, credits_micro // unit_micro)",
+                "max(0, (credits_micro + unit_micro // 2) // unit_micro)",
             )
         ],
         tests=[ACCOUNTS, UNITS],
@@ -60,10 +63,10 @@ MUTANTS = [
         removes="a change without a whole unit leaves no row: with the state the remainder would be lost",
         edits=[
             Edit(
-                VALUATION,
-                "            self.state.add_row(advance_row(now_ms, ref, cutoff, key, change))\n"
-                "            return None\n",
-                "            return None\n",
+                BOOKS,
+                "        record = self._record(key, about, value, now_ms) if value else None\n",
+                "        if not value:\n            return None\n"
+                "        record = self._record(key, about, value, now_ms) if value else None\n",
             )
         ],
         tests=[CREDITS],
@@ -74,9 +77,9 @@ MUTANTS = [
         removes="the account keeps whole units only: what is below a unit is never billed",
         edits=[
             Edit(
-                DOMAIN,
-                "        return Account(credits_micro, max(",
-                "        return Account(credits_micro // unit_micro * unit_micro, max(",
+                ACCOUNT,
+                "        return credits_micro, max(",
+                "        return credits_micro // unit_micro * unit_micro, max(",
             )
         ],
         tests=[ACCOUNTS, UNITS],
@@ -162,8 +165,11 @@ MUTANTS = [
                 "False:\n",
             )
         ],
-        tests=["tests/unit/test_billing_outbound.py::test_what_must_not_be_sent_any_more_is_held"],
-        speaks_of=r"round\(\) == \[\]|rows\(\)",
+        tests=[
+            f"{GUARDS}::test_a_lost_answer_is_no_second_unit_when_stripe_has_forgotten_the_name",
+            "tests/unit/test_billing_outbound.py::test_what_must_not_be_sent_any_more_is_held",
+        ],
+        speaks_of=UNITS_AT_STRIPE,
     ),
     Mutant(
         name="fresh-commit",
@@ -171,11 +177,125 @@ MUTANTS = [
         edits=[
             Edit(
                 "app/meterline/billing/send.py",
-                "        if self._clock() - committed_at > FRESH_S:\n",
+                "        if self._clock.boot_s() - committed_at > FRESH_S:\n",
                 "        if False:\n",
             )
         ],
         tests=["tests/unit/test_billing_outcomes.py::test_a_stale_owner_sends_nothing"],
         speaks_of=r"requests|NOT_SENT",
+    ),
+    Mutant(
+        name="clip",
+        removes="units may be negative: a client that was owed credits pays for them later",
+        edits=[Edit(ACCOUNT, "max(0, credits_micro // unit_micro)", "credits_micro // unit_micro")],
+        tests=[ACCOUNTS],
+        speaks_of="units",
+    ),
+    Mutant(
+        name="absence",
+        removes="a summary is believed while attempts are young: what it doesn't show yet is told twice",
+        edits=[Edit(DOMAIN, "ABSENCE_MS = 6 * HOUR_MS\n", "ABSENCE_MS = 0\n")],
+        tests=[f"{GUARDS}::test_a_young_attempt_is_not_taken_for_missing"],
+        speaks_of="units_counted",
+    ),
+    Mutant(
+        name="reissue-number",
+        removes="what is made anew a second time has the first one's name: Stripe takes it for a copy",
+        edits=[Edit(BOOKS, "missing, now_ms, reissue=reissue)", "missing, now_ms, reissue=1)")],
+        tests=[f"{GUARDS}::test_each_time_anew_is_a_name_of_its_own"],
+        speaks_of=UNITS_AT_STRIPE,
+    ),
+    Mutant(
+        name="suspect",
+        removes="a notice of a rejection is only listed: the day's units miss their own invoice",
+        edits=[Edit(BOOKS, "suspect=True))", "suspect=False))")],
+        tests=[f"{GUARDS}::test_a_notice_of_a_rejection_brings_the_units_onto_their_own_invoice"],
+        speaks_of=r"invoiced_units",
+    ),
+    Mutant(
+        name="settled-at-once",
+        removes="what was compared with the summary stays under way: its value is told again",
+        edits=[
+            Edit(
+                BOOKS,
+                '            self._settle(record, "reconciled", now_ms)\n',
+                "            pass\n",
+            )
+        ],
+        tests=[f"{GUARDS}::test_a_request_that_never_arrived_is_made_anew_under_another_name"],
+        speaks_of=r"stripe\.units\(\)|reconciled",
+    ),
+    Mutant(
+        name="foreign-usage",
+        removes="what somebody else feeds the meter is taken for ours, and taken back from the bill",
+        edits=[Edit(BOOKS, "        if summary > what.attempted:\n", "        if False:\n")],
+        tests=[f"{GUARDS}::test_usage_of_somebody_else_on_the_meter_moves_no_unit"],
+        speaks_of=UNITS_AT_STRIPE,
+    ),
+    Mutant(
+        name="one-commit-close",
+        removes="a period is closed in one commit, its carry absorbed in the next: a crash loses it",
+        edits=[
+            Edit(
+                RECONCILER,
+                "        made = [self._settled(answer, now_ms) for answer in answers]\n",
+                "        made = [self._books.advance(*one) for one in self._later]\n"
+                "        self._later.clear()\n"
+                "        made += [self._settled(answer, now_ms) for answer in answers]\n",
+            ),
+            Edit(
+                RECONCILER,
+                "        self._look_at = 0\n",
+                "        self._look_at = 0\n        self._later = books.later = []\n",
+            ),
+            Edit(
+                BOOKS,
+                "        return carry, self.advance(current, carry.credits_micro, about, now_ms, "
+                'reason="carry")\n',
+                '        self.later.append((current, carry.credits_micro, about, now_ms, "carry"))\n'
+                "        return carry, None\n",
+            ),
+        ],
+        tests=[f"{GUARDS}::test_a_crash_anywhere_around_a_close_loses_no_credit"],
+        speaks_of=WRONG,
+    ),
+    Mutant(
+        name="carry",
+        removes="a closed period carries its remainder only: what never arrived is never billed",
+        edits=[Edit(BOOKS, "current, carry.credits_micro, about", "current, carry.remainder, about")],
+        tests=[f"{GUARDS}::test_a_closed_period_carries_what_its_invoice_left"],
+        speaks_of=r"balance_micro|stripe\.units\(\)",
+    ),
+    Mutant(
+        name="invoice-margin",
+        removes="usage is sent until its invoice is final: what is under way then is on no invoice",
+        edits=[
+            Edit(
+                DOMAIN,
+                "    return period_end + grace_ms - INVOICE_MARGIN_MS\n",
+                "    return period_end + grace_ms\n",
+            )
+        ],
+        tests=[f"{GUARDS}::test_what_is_accepted_is_on_its_invoice"],
+        speaks_of=r"carried_micro|stripe\.units\(\)",
+    ),
+    Mutant(
+        name="one-call-per-customer",
+        removes="several requests of a customer are under way at once: Stripe refuses all but one",
+        edits=[
+            Edit(
+                "app/meterline/billing/queue.py",
+                "        self._given.add(lane)\n        return lane, self._lanes[lane].popleft()\n",
+                "        waiting = self._lanes[lane]\n        one = waiting.popleft()\n"
+                "        if waiting:\n            self._ready.append(lane)\n        return lane, one\n",
+            ),
+            Edit(
+                OUTBOUND,
+                "            elif not self._sender.reserve(lane):\n",
+                "            elif self._sender.reserve(lane) is None:\n",
+            ),
+        ],
+        tests=[f"{GUARDS}::test_a_customers_units_arrive_one_request_at_a_time"],
+        speaks_of=UNITS_AT_STRIPE,
     ),
 ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meterline.domain.accounts import Account, carry_of
 from meterline.domain.billing import (
     FUTURE_MAX_MS,
     HOUR_MS,
     PAST_MAX_MS,
-    Account,
     Known,
     Verdict,
     changes_of,
@@ -27,7 +27,7 @@ def test_the_sum_of_all_values_is_the_floor_of_all_credits(changes, unit):
     """Rule B1: falling totals and negative sums included, no rounding is ever lost or gained."""
     account, told = Account(), 0
     for change in changes:
-        after = account.absorb(change, unit)
+        after = Account(*account.absorb(change, unit))
         told += after.units - account.units
         account = after
 
@@ -40,7 +40,7 @@ def test_credits_are_units_and_a_remainder(changes, unit):
     """C = U * unit + remainder; the remainder is below one unit unless the client is owed credits."""
     account = Account()
     for change in changes:
-        account = account.absorb(change, unit)
+        account = Account(*account.absorb(change, unit))
         remainder = account.credits_micro - account.units * unit
 
         assert remainder < unit
@@ -67,7 +67,7 @@ def test_the_newest_snapshot_of_each_window_counts_whatever_the_order(snapshots,
             continue
         for meter, change in changes_of(known.get(window), meters).items():
             before = accounts.get(meter, Account())
-            accounts[meter] = before.absorb(change, unit)
+            accounts[meter] = Account(*before.absorb(change, unit))
             told[meter] += accounts[meter].units - before.units
         known[window] = Known(cutoff, repr(meters), meters)
 
@@ -76,6 +76,22 @@ def test_the_newest_snapshot_of_each_window_counts_whatever_the_order(snapshots,
         owed = sum(truth[window, cutoff].get(meter, 0) for window, cutoff in newest.items())
         assert told[meter] == max(0, owed // unit)
         assert accounts.get(meter, Account()).credits_micro == owed
+
+
+whole = st.integers(-(10**9), 10**9)
+
+
+@given(st.tuples(whole, whole, whole), st.integers(0, 10**9), credits_micro, units)
+def test_the_parts_of_a_carry_are_all_that_the_invoice_leaves(told, invoiced, rest, unit):
+    """C - (invoiced + shadow) * unit, whatever was told, lost, rejected or came too late."""
+    owed, landed, shadow = told
+    account = Account(credits_micro=owed * unit + rest, units=owed, shadow=shadow)
+
+    carry = carry_of(account, landed, invoiced, unit)
+
+    assert carry.credits_micro == account.credits_micro - (invoiced + shadow) * unit
+    assert carry.clipped <= 0
+    assert invoiced == 0 or carry.clipped == 0
 
 
 @given(

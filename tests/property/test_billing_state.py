@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meterline.billing.state import BillingState, Meta, Waiting
-from meterline.domain.billing import Account, AccountKey, Known
+from meterline.domain.account_books import MeterTerms
+from meterline.domain.accounts import Account, AccountKey, Day
+from meterline.domain.billing import Known
 from meterline.domain.usage_records import RecordState, UsageRecord
 from meterline.errors import PartitionHalted
 
@@ -16,7 +20,14 @@ numbers = st.integers(-(2**63), 2**63 - 1)
 texts = st.text(max_size=12)
 windows = st.sampled_from([f"{n:032x}" for n in (0, 10, 2**128 - 1)])
 names = st.sampled_from(["mlur_a", "mlur_b", "mlur_ü"])
-records = st.builds(
+accounts = st.builds(AccountKey, texts, texts, numbers, numbers, texts)
+days = st.integers(0, 2**32 - 1)
+KEY_OF = {  # a record never changes its account
+    "mlur_a": AccountKey("acme", "credits", 0, 1, "cus_1"),
+    "mlur_b": AccountKey("acme", "credits", 0, 1, "cus_1"),
+    "mlur_ü": AccountKey("ü", "credits", 1, 2, "cus_2"),
+}
+values = st.builds(
     UsageRecord,
     identifier=names,
     client_id=texts,
@@ -31,8 +42,23 @@ records = st.builds(
         ("map_version", "period_start", "period_end", "window_start", "window_end", "source_partition"),
         numbers,
     ),
-    **dict.fromkeys(("cutoff_offset", "event_timestamp"), numbers),
+    **dict.fromkeys(("cutoff_offset", "event_timestamp", "reissue"), numbers),
 )
+
+
+def in_its_account(record):
+    key = KEY_OF[record.identifier]
+    return replace(
+        record,
+        client_id=key.client_id,
+        meter=key.meter,
+        period_start=key.period_start,
+        period_end=key.period_end,
+        customer=key.customer,
+    )
+
+
+records = values.map(in_its_account)
 changes = st.one_of(
     st.tuples(
         st.just("set_window"),
@@ -41,9 +67,18 @@ changes = st.one_of(
     ),
     st.tuples(
         st.just("set_account"),
-        st.builds(AccountKey, texts, texts, numbers, numbers, numbers),
-        st.builds(Account, numbers, numbers),
+        accounts,
+        st.builds(Account, numbers, numbers, numbers, numbers, numbers, st.booleans(), texts),
     ),
+    st.tuples(
+        st.just("set_day"),
+        accounts,
+        days,
+        st.builds(Day, numbers, numbers, numbers, st.booleans(), st.booleans(), st.booleans()),
+    ),
+    st.tuples(st.just("drop_days"), accounts),
+    st.tuples(st.just("use_meter"), texts, st.builds(MeterTerms, texts, numbers)),
+    st.tuples(st.just("set_order"), texts, numbers),
     st.tuples(st.just("set_record"), records),
     st.tuples(
         st.just("set_waiting"), windows, st.builds(Waiting, st.binary(max_size=40), texts, numbers, numbers)
@@ -138,7 +173,7 @@ def test_state_without_meta_or_of_another_version_or_kind_halts():
 
     with pytest.raises(PartitionHalted, match=f"partition {PARTITION} has 1 keys and no META"):
         BillingState.decode(PARTITION, {key: changelog[key] for key in changelog if key != meta_key})
-    with pytest.raises(PartitionHalted, match="format 2; this version reads 1"):
-        BillingState.decode(PARTITION, {meta_key: changelog[meta_key].replace(b",1]", b",2]")})
-    with pytest.raises(PartitionHalted, match="unknown kind b'X'"):
-        BillingState.decode(PARTITION, changelog | {b"X" + meta_key[1:]: b"[]"})
+    with pytest.raises(PartitionHalted, match="format 9; this version reads up to 2"):
+        BillingState.decode(PARTITION, {meta_key: changelog[meta_key].replace(b",2,0]", b",9,0]")})
+    with pytest.raises(PartitionHalted, match="unknown kind b'Z'"):
+        BillingState.decode(PARTITION, changelog | {b"Z" + meta_key[1:]: b"[]"})

@@ -13,6 +13,7 @@ from meterline.billing.state import BillingState, Meta
 from meterline.billing.valuation import Valuation
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import snapshot_from_record, snapshot_to_record
+from meterline.domain.account_books import AccountBooks, Terms
 from meterline.domain.clients import Client
 from meterline.domain.windows import SkuTotal, WindowRef, WindowSnapshot
 from meterline.ledger.tables import USAGE_RECORD_LOG_COLUMNS
@@ -71,9 +72,11 @@ class Bench:
         self.restart()
 
     def restart(self, meters=None):
+        mapped = MeterMap.model_validate(meters or METERS)
+        books = AccountBooks(self.state, Terms("local", mapped.version, mapped.terms))
         self.intake = Intake(
             self.state,
-            Valuation(self.state, MeterMap.model_validate(meters or METERS), "local"),
+            Valuation(self.state, mapped, books),
             clients=self.clients,
             reader=self.reader,
             settings=BillingSettings(verify_retries=RETRIES, held_recheck_interval_ms=RECHECK),

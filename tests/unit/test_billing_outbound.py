@@ -6,10 +6,13 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from tests.hand_clock import HandClock
 
 from meterline.billing.outbound import BACKOFF_MS_MAX, BUSY_MS, PAUSED_MS, Outbound
 from meterline.billing.outcomes import Answer, Outcome
 from meterline.billing.state import BillingState, Meta
+from meterline.billing.switches import Switch, Switches
+from meterline.domain.account_books import AccountBooks, MeterTerms, Terms
 from meterline.domain.billing import RESEND_MAX_MS
 from meterline.domain.clients import Client
 from meterline.domain.usage_records import RecordState, UsageRecord
@@ -74,15 +77,17 @@ class FakeClients:
 
 class Bench:
     def __init__(self, *records):
-        self.now = NOW
+        self.clock = HandClock(NOW)
         self.state = BillingState(0, Meta("topic", "local", 1, "digest"))
         for one in records:
             self.state.set_record(one)
         self.sender, self.clients = FakeSender(), FakeClients()
+        self.switches = Switches(self.clients)
         self.outbound = self.make()
 
     def make(self):
-        return Outbound(self.state, self.clients, self.sender, lambda: self.now)
+        books = AccountBooks(self.state, Terms("local", 1, {"credits": MeterTerms("credits", 1)}))
+        return Outbound(self.state, books, switches=self.switches, sender=self.sender, clock=self.clock)
 
     def round(self, answer=None):
         """Plan, commit, send, settle; what was sent."""
@@ -149,7 +154,7 @@ def test_an_open_outcome_is_retried_under_the_same_identifier(answer, key):
     bench = Bench(record("a"))
     (first,) = bench.round(answer)
     assert bench.round() == [], "not without a pause"
-    bench.now += BACKOFF_MS_MAX
+    bench.clock.now += BACKOFF_MS_MAX
 
     (second,) = bench.round(Outcome(Answer.ACCEPTED))
 
@@ -178,7 +183,7 @@ def test_a_refused_record_is_held_for_good():
     """Stripe will never take it: kept, listed with its reason, not sent again, also after a restart."""
     bench = Bench(record("a"))
     bench.round(Outcome(Answer.REFUSED, "no meter"))
-    bench.now += BACKOFF_MS_MAX
+    bench.clock.now += BACKOFF_MS_MAX
     assert bench.round() == []
     bench.outbound = bench.make()
 
@@ -219,7 +224,7 @@ def test_a_request_that_was_not_made_is_made_at_once():
 def test_what_must_not_be_sent_any_more_is_held(change, now, reason):
     """Never guessed: listed with its reason."""
     bench = Bench(replace(record("a"), **change))
-    bench.now = now
+    bench.clock.now = now
 
     assert bench.round() == []
     assert bench.state.records["a"].held_reason == reason
@@ -242,9 +247,44 @@ def test_a_paused_client_keeps_its_records():
     bench.clients.client = replace(bench.clients.client, sending_paused=True)
     assert bench.round() == []
     bench.clients.client = replace(bench.clients.client, sending_paused=False)
-    bench.now += PAUSED_MS
+    bench.clock.now += PAUSED_MS
 
     assert [one.identifier for one in bench.round()] == ["a"]
+
+
+@pytest.mark.parametrize("client", ["acme", ""], ids=["the client", "all clients"])
+def test_an_ordered_pause_keeps_records_until_it_is_lifted(client):
+    """Of one client, or of all."""
+    bench = Bench(record("a"))
+    bench.switches.set({client: Switch.PAUSED})
+    assert bench.round() == []
+    bench.switches.set({client: Switch.ON})
+    bench.clock.now += PAUSED_MS
+
+    assert [one.identifier for one in bench.round()] == ["a"]
+
+
+def test_a_record_in_shadow_is_never_sent():
+    """Its units are no part of what is ever told or carried, also after sending is on again."""
+    bench = Bench(record("a"))
+    bench.switches.set({"": Switch.SHADOW})
+    assert bench.round() == []
+    bench.switches.set({})
+    bench.clock.now += PAUSED_MS
+
+    assert bench.round() == []
+    assert (bench.state.records, bench.state.account(record("a").account).shadow) == ({}, 3)
+    assert bench.rows() == [("outcome", "shadow", "")]
+
+
+def test_a_record_that_may_have_arrived_waits_in_shadow():
+    """Stripe may have its units: they are no shadow's."""
+    bench = Bench(replace(record("a"), state=RecordState.UNKNOWN, first_attempt_at=NOW - 5))
+    bench.switches.set({"": Switch.SHADOW})
+
+    assert bench.round() == []
+    assert bench.state.account(record("a").account).shadow == 0
+    assert list(bench.state.records) == ["a"]
 
 
 def test_a_lane_busy_elsewhere_waits_and_does_not_block():
@@ -253,7 +293,7 @@ def test_a_lane_busy_elsewhere_waits_and_does_not_block():
     bench.sender.busy = {("cus_1", "credits")}
     assert [one.identifier for one in bench.round()] == ["b"]
     bench.sender.busy = set()
-    bench.now += BUSY_MS
+    bench.clock.now += BUSY_MS
 
     assert [one.identifier for one in bench.round()] == ["a"]
 

@@ -13,11 +13,13 @@ from urllib.parse import parse_qs
 
 import pytest
 
+from meterline.billing.clock import StripeClock
 from meterline.billing.outcomes import Answer
-from meterline.billing.send import FRESH_S, RateLimit, StripeSender, boot_time, stripe_client
+from meterline.billing.send import FRESH_S, RateLimit, StripeSender, stripe_client
 from meterline.domain.usage_records import UsageRecord
 from meterline.settings import StripeSettings
 
+CLOCK = StripeClock()
 OURS = "mlur_0123"
 EXISTS = "An event already exists with identifier "
 RECORD = UsageRecord(
@@ -95,13 +97,13 @@ def stripe_server():
 @pytest.fixture
 def sender(stripe_server):
     settings = StripeSettings(sandbox_url=f"http://127.0.0.1:{stripe_server.server_port}", timeout_s=0.3)
-    sender = StripeSender(stripe_client(settings), requests_per_second=1000)
+    sender = StripeSender(stripe_client(settings, CLOCK), requests_per_second=1000, clock=CLOCK)
     yield sender
     sender.close()
 
 
 def request(sender):
-    return sender._request(RECORD, boot_time())
+    return sender._request(RECORD, CLOCK.boot_s())
 
 
 class Case(NamedTuple):
@@ -185,7 +187,7 @@ def test_a_request_says_exactly_what_the_record_says(stripe_server, sender):
 
 def test_a_stale_owner_sends_nothing(stripe_server, sender):
     """A process that stalled after its commit may have lost the partition: no byte leaves it."""
-    outcome = sender._request(RECORD, boot_time() - FRESH_S - 0.1)
+    outcome = sender._request(RECORD, CLOCK.boot_s() - FRESH_S - 0.1)
 
     assert outcome.answer is Answer.NOT_SENT
     assert stripe_server.requests == []
@@ -193,7 +195,7 @@ def test_a_stale_owner_sends_nothing(stripe_server, sender):
 
 async def _send(sender, record=RECORD):
     assert sender.reserve(record.lane)
-    return await sender.send(record, boot_time())
+    return await sender.send(record, CLOCK.boot_s())
 
 
 def run(coroutine):
@@ -216,7 +218,7 @@ def test_one_request_at_a_time_for_a_customer_and_meter(stripe_server, sender):
     async def overlap():
         stripe_server.mode = "slow"
         assert sender.reserve(RECORD.lane)
-        call = sender.send(RECORD, boot_time())
+        call = sender.send(RECORD, CLOCK.boot_s())
         assert not sender.reserve(RECORD.lane)
         assert sender.reserve(("cus_2", RECORD.event_name))
         await call
@@ -253,7 +255,7 @@ def test_a_slow_rate_still_sends():
 
 def test_a_paused_sender_has_no_room():
     """`sending_paused` keeps usage records as intents."""
-    sender = StripeSender(stripe_client(StripeSettings()), 25.0, paused=True)
+    sender = StripeSender(stripe_client(StripeSettings(), CLOCK), 25.0, clock=CLOCK, paused=True)
 
     assert sender.room() == 0
     sender.close()

@@ -1,198 +1,16 @@
 """What guards each unit on its way to Stripe: a worker dies anywhere, and what was used is paid once.
 
-The real owner of a partition of usage.windows; Stripe, the ledger and the changelog are a few dictionaries.
+The real owner of a partition of usage.windows in a world of dictionaries (tests/billing_world.py).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from types import SimpleNamespace
 
-from meterline.billing.meters import MeterMap
-from meterline.billing.outcomes import Answer, Outcome
-from meterline.billing.owner import BillingOwner, BillingParts
-from meterline.contracts.codec import RecordCodec
-from meterline.contracts.records import snapshot_to_record
-from meterline.domain.clients import Client
-from meterline.domain.windows import SkuTotal, WindowRef, WindowSnapshot
-from meterline.errors import PartitionHalted
-from meterline.settings import BillingSettings
-from meterline.streaming.owner import LogRange
+from tests.billing_world import HOUR, MICRO, MINUTE, NOW, Crash, Stripe, World
 
-MICRO = 1_000_000
-HOUR = 3_600_000
-NOW = 500_000 * HOUR
-CODEC = RecordCodec("usage-window")
-METERS = MeterMap.model_validate(
-    {
-        "version": 1,
-        "meters": [
-            {
-                "name": "credits",
-                "event_name": "c",
-                "display_name": "C",
-                "unit_credits": "1",
-                "skus": ["gpu"],
-            }
-        ],
-    }
-)
-
-
-class Crash(Exception):  # noqa: N818 - what happens, not a fault
-    """The worker is killed."""
-
-
-class Stripe:
-    """Counts the first event of each identifier; says of the others that it has them. For a day."""
-
-    def __init__(self):
-        self.counted, self.remembered = Counter(), set()
-
-    def take(self, record):
-        """Whether it is new."""
-        if record.identifier in self.remembered:
-            return False
-        self.remembered.add(record.identifier)
-        self.counted[record.client_id] += record.value
-        return True
-
-    def units(self):
-        return {client: units for client, units in self.counted.items() if units}
-
-
-class World:
-    """One partition of usage.windows, what is durable, and what the clients owe."""
-
-    version = 1  # of the client registry
-
-    def __init__(self, stripe=None, installation="local"):
-        self.stripe, self.installation = stripe or Stripe(), installation
-        self.log, self.true, self.newest = [], set(), {}
-        self.changelog, self.steps = {}, {}
-        self.places, self.dies_at, self.dead, self.halted = 0, None, False, ""
-
-    # -- the log
-
-    def say(self, client, hour, cutoff, micro, *, true=True):
-        """A snapshot on usage.windows; one that isn't true is unlike the ledger."""
-        ref = WindowRef(client, NOW - hour * HOUR, NOW - (hour - 1) * HOUR, "topic", 0)
-        snapshot = WindowSnapshot(ref, cutoff, {"gpu": SkuTotal(1, micro)}, NOW, NOW)
-        value = CODEC.encode(snapshot_to_record(snapshot))
-        offset = len(self.log)
-        self.log.append(SimpleNamespace(offset=offset, timestamp=NOW, key=b"", value=value, headers=()))
-        if true:
-            self.true.add((ref.window_id, cutoff, micro))
-            newest = self.newest.setdefault(client, {})
-            newest[ref.start] = max(newest.get(ref.start, (-1, 0)), (cutoff, micro))
-
-    def say_some(self):
-        self.say("acme", 5, 3, 7_600_000)
-        self.say("other", 5, 4, 400_000)
-        self.say("acme", 4, 6, 700_000)
-        self.say("liar", 4, 7, 50_000_000, true=False)
-        self.say("acme", 5, 9, 9_400_000)
-        self.say("other", 4, 10, 700_000)
-        self.say("acme", 5, 3, 7_600_000)
-        self.say("other", 5, 12, 100_000)
-        self.say("acme", 3, 14, 1_850_000)
-
-    def owed_micro(self):
-        """By client: the newest true snapshot of each window."""
-        return {
-            client: sum(micro for _, micro in windows.values()) for client, windows in self.newest.items()
-        }
-
-    def owed_units(self):
-        return {client: micro // MICRO for client, micro in self.owed_micro().items() if micro >= MICRO}
-
-    # -- what is durable
-
-    def place(self):
-        """Before and after all that leaves the process: where to die. The dead do nothing more."""
-        self.places += 1
-        self.dead = self.dead or self.places == self.dies_at
-        if self.dead:
-            raise Crash
-
-    async def commit(self, what):
-        self.place()
-        for key, value in what.changelog:
-            if value is None:
-                self.changelog.pop(key, None)
-            else:
-                self.changelog[key] = value
-        self.place()
-
-    async def insert(self, table, columns, data):
-        self.place()
-        if table == "usage_record_log":
-            for row in zip(*data, strict=True):
-                named = dict(zip(columns, row, strict=True))
-                self.steps[named["seq"]] = named
-        self.place()
-
-    # -- what billing asks, and how it sends
-
-    def get(self, client_id):
-        return Client(client_id, f"cus_{client_id}")
-
-    async def verified(self, snapshots):
-        return [
-            (one.ref.window_id, one.cutoff_offset, one.billable_credits_micro) in self.true
-            for one in snapshots
-        ]
-
-    async def next_seq(self, _, __):
-        return max(self.steps, default=-1) + 1
-
-    def room(self):
-        return 10
-
-    def reserve(self, _):
-        return True
-
-    def release(self, _):
-        """Nobody else waits."""
-
-    async def send(self, record, _):
-        self.place()
-        new = self.stripe.take(record)
-        self.place()
-        return Outcome(Answer.ACCEPTED if new else Answer.DUPLICATE)
-
-    # -- the worker
-
-    async def _work(self, slice_length):
-        settings = BillingSettings(installation_id=self.installation, verify_retries=1)
-        parts = BillingParts(settings, CODEC, METERS, self, self, self, self, clock_ms=lambda: NOW)
-        owner = BillingOwner(0, parts)
-        where = LogRange("cluster", "usage.windows", "windows", 0, 0, len(self.log))
-        position = await owner.restore(dict(self.changelog), where, self.commit)
-        for _ in range(20):
-            records = self.log[position : position + slice_length]
-            owner.feed(records)
-            position += len(records)
-            await owner.flush()
-            await asyncio.gather(*owner._outbound._calls)
-
-    def work(self, slice_length=2):
-        self.dead = False
-        try:
-            asyncio.run(self._work(slice_length))
-        except Crash:
-            pass
-        except PartitionHalted as stop:
-            self.halted = str(stop)
-
-    def advanced_micro(self):
-        """By client: what the steps in the ledger say was absorbed."""
-        micro = Counter()
-        for step in self.steps.values():
-            if step["kind"] == "advance":
-                micro[step["client_id"]] += step["credits_micro"]
-        return dict(micro)
+from meterline.domain.clients import PeriodUnit
+from meterline.ledger.billing_orders import BillingOrder
 
 
 def lives():
@@ -260,9 +78,284 @@ def test_a_lost_changelog_bills_nothing_again():
     world.work()
     before = world.stripe.units()
     world.changelog.clear()
-    world.stripe.remembered.clear()
+    world.stripe.known.clear()
 
     world.work(slice_length=100)
 
     assert world.stripe.units() == before
     assert "lost state" in world.halted
+
+
+# -- money in flight
+
+
+def test_a_lost_answer_is_no_second_unit_when_stripe_has_forgotten_the_name():
+    """After 23 hours the identifier is never sent again: the day's summary decides, and has the units."""
+    world = World()
+    world.stripe.lose = ["after"]
+    world.say("acme", 2, 3, 7_000_000)
+    world.work(until=NOW + 10 * MINUTE)
+    # The worker is away until Stripe has forgotten the identifier.
+    world.clock.now = NOW + 25 * HOUR
+
+    world.work(until=NOW + 40 * HOUR, every=HOUR)
+
+    assert world.stripe.units() == {"acme": 7}
+    assert [(step["value"], step["detail"]) for step in world.of_kind("reconciled")] == [(7, "missing 0")]
+
+
+def test_a_request_that_never_arrived_is_made_anew_under_another_name():
+    """Unknown for 23 hours, absent from the summary: the units that are missing go once more, and once."""
+    world = World()
+    world.stripe.lose = ["before"] * 1_000
+    world.say("acme", 2, 3, 7_000_000)
+    world.work(until=NOW + 24 * HOUR, every=HOUR)
+    world.stripe.lose = []
+
+    world.work(until=NOW + 40 * HOUR, every=HOUR)
+
+    assert world.stripe.units() == {"acme": 7}
+    assert [(step["value"], step["detail"]) for step in world.of_kind("reconciled")] == [(0, "missing 7")]
+
+
+def test_a_young_attempt_is_not_taken_for_missing():
+    """The summary is an hour late: what it doesn't show yet must not be told a second time."""
+    world = World()
+    world.stripe.lag = 5 * HOUR
+    world.stripe.lose = ["reject"]
+    world.say("acme", 3, 3, 2_000_000)
+    world.work(until=NOW + 20 * MINUTE)
+    world.say("acme", 2, 4, 5_000_000)
+
+    world.work(until=NOW + 30 * HOUR, every=30 * MINUTE)
+
+    units_counted = [record.value for record, _ in world.stripe.counted]
+    assert units_counted == [5, 2]
+
+
+def test_each_time_anew_is_a_name_of_its_own():
+    """Rejected twice: Stripe remembers the first two names, and would take a third request for a copy."""
+    world = World()
+    world.stripe.lose = ["reject", "reject"]
+    world.say("acme", 2, 3, 7_000_000)
+
+    world.work(until=NOW + 30 * HOUR, every=30 * MINUTE)
+
+    assert world.stripe.units() == {"acme": 7}
+    assert len(world.stripe.notices) == 2
+
+
+def test_a_notice_of_a_rejection_brings_the_units_onto_their_own_invoice():
+    """Stripe had answered 200. Within the day the period ends; its invoice has them all the same."""
+    world = World(unit=PeriodUnit.DAY)
+    world.stripe.lose = ["reject"]
+    world.say("acme", 2, 3, 7_000_000)
+
+    world.work(until=NOW + 20 * HOUR, every=10 * MINUTE)
+
+    assert world.invoiced_units("acme") == 7
+    assert world.balance_micro("acme") == 0
+
+
+def test_a_rejection_that_is_told_twice_moves_no_unit():
+    """The summary decides, not the notice: what was made anew is not made anew again."""
+    world = World()
+    world.stripe.lose = ["reject"]
+    world.say("acme", 2, 3, 7_000_000)
+    world.work(until=NOW + 10 * HOUR, every=30 * MINUTE)
+    (notice,) = world.stripe.notices
+    world.stripe.notices.append(type(notice)((NOW + 11 * HOUR) // 1000, *list(_fields(notice))[1:]))
+    world.clock.now = NOW + 11 * HOUR
+
+    world.work(until=NOW + 30 * HOUR, every=30 * MINUTE)
+
+    assert world.stripe.units() == {"acme": 7}
+
+
+def _fields(notice):
+    return (getattr(notice, name) for name in type(notice).__slots__)
+
+
+def test_a_silent_rejection_is_found_a_day_later():
+    """No sample of any notice names it; the comparison of the day does."""
+    world = World()
+    world.stripe.lose = ["reject"]
+    world.say("acme", 2, 3, 7_000_000)
+    world.work(until=NOW + MINUTE)
+    world.stripe.notices.clear()
+
+    world.work(until=NOW + 40 * HOUR, every=HOUR)
+
+    assert world.stripe.units() == {"acme": 7}
+
+
+def test_usage_of_somebody_else_on_the_meter_moves_no_unit():
+    """The summary shows more than was ever sent: held in plain sight, nothing is taken back."""
+    world = World()
+    world.say("acme", 2, 3, 7_000_000)
+    world.work(until=NOW + MINUTE)
+    world.stripe.counted.append(world.stripe.counted[0])
+
+    world.work(until=NOW + 40 * HOUR, every=HOUR)
+
+    assert world.stripe.units() == {"acme": 14}
+    assert [(step["state"], step["reason"]) for step in world.of_kind("held")] == [("held", "foreign_usage")]
+
+
+# -- periods
+
+
+def closing():
+    """A day's period that ends with a remainder, with units that never arrived, and with late usage."""
+    world = World(unit=PeriodUnit.DAY)
+    world.say("acme", 7, 3, 7_600_000)
+    world.say("acme", 6, 4, 1_700_000)
+    world.stripe.lose = ["", "before"] + ["before"] * 400
+    return world
+
+
+def finish_closing(world):
+    """The rest arrives on the next day; late usage of the first day comes after its invoice is closed."""
+    world.work(slice_length=1, until=NOW + 16 * HOUR, every=40 * MINUTE)
+    world.stripe.lose = []
+    world.clock.now = max(world.clock.now, NOW + 17 * HOUR + 10 * MINUTE)
+    if len(world.log) == 2:
+        world.say("acme", 5, 9, 2_500_000)
+    world.work(slice_length=1, until=NOW + 42 * HOUR, every=40 * MINUTE)
+
+
+def test_a_closed_period_carries_what_its_invoice_left():
+    """7 of 9 units arrived, 0.3 credits were no unit: both go on to the next day's invoice."""
+    world = closing()
+
+    finish_closing(world)
+
+    assert world.invoiced_units("acme") == 7
+    assert world.carried_micro("acme")["not_landed"] == 2 * MICRO
+    assert world.balance_micro("acme") == 0
+    assert world.stripe.units() == {"acme": 11}
+
+
+def test_a_crash_anywhere_around_a_close_loses_no_credit():
+    """The close and its carry are one commit: each credit is invoiced, or stands in an account."""
+    undisturbed = closing()
+    finish_closing(undisturbed)
+    wrong = {}
+    # Every seventh place: each kind of them, in each phase.
+    for dies_at in range(1, undisturbed.places, 7):
+        world = closing()
+        world.dies_at = dies_at
+        finish_closing(world)
+        finish_closing(world)
+        if (world.balance_micro("acme"), world.stripe.units()) != (0, {"acme": 11}):
+            wrong[dies_at] = ("acme", world.balance_micro("acme"), world.stripe.units(), world.halted)
+
+    assert wrong == {}
+
+
+def test_what_is_accepted_is_on_its_invoice():
+    """Minutes before an invoice is final nothing is sent for it: a slow request would be too late.
+
+    The usage goes onto the next invoice at once, not only after the first one is closed.
+    """
+    world = World(unit=PeriodUnit.DAY)
+    world.clock.now = NOW + 17 * HOUR - 5 * MINUTE
+    world.stripe.takes_ms = 6 * MINUTE
+    world.say("acme", 1, 3, 7_000_000)
+
+    world.work(until=NOW + 20 * HOUR)
+
+    assert world.carried_micro("acme").get("late", 0) == 0
+    assert world.stripe.units() == {"acme": 7}
+    assert [step["value"] for step in world.of_kind("close")] in ([], [0])
+
+
+def test_a_customers_units_arrive_one_request_at_a_time():
+    """Stripe takes one call per customer and meter: another one is refused, and its units wait."""
+    world = World()
+    for hour in range(3, 9):
+        world.say("acme", hour, 20 - hour, 1_000_000)
+
+    world.work(slice_length=6)
+
+    assert (world.stripe.units(), world.refused) == ({"acme": 6}, 0)
+
+
+def test_a_stalled_owner_bills_nothing():
+    """It wakes up after another worker has billed its windows: the broker refuses its commit."""
+    world = World()
+    world.say_some()
+
+    async def two_workers():
+        stalled, _ = await world.take_over()
+        fresh, _ = await world.take_over()
+        await world.flush(fresh, world.log)
+        for _ in range(5):
+            await world.flush(fresh)
+        before = world.stripe.units()
+        try:
+            await world.flush(stalled, world.log)
+        except Crash:
+            return before
+        return None
+
+    assert asyncio.run(two_workers()) == world.stripe.units() == world.owed_units()
+
+
+# -- orders
+
+
+def ordered(action, target, value=0):
+    return BillingOrder(f"order-{action}", NOW, action, "acme", target, value, "ann", "because")
+
+
+def test_a_refused_record_is_sent_when_a_person_releases_it_and_once():
+    """Stripe's reason is gone; the order stays in the ledger, and is carried out a single time."""
+    world = World()
+    world.stripe.lose = ["refuse"]
+    world.say("acme", 2, 3, 7_000_000)
+    world.work(until=NOW + HOUR)
+    assert world.stripe.units() == {}
+    (refused,) = (step for step in world.of_kind("outcome") if step["state"] == "refused")
+    world.orders = [ordered("release", refused["identifier"])]
+
+    for _ in range(2):
+        world.work(until=world.clock.now + 2 * HOUR)
+
+    assert world.stripe.units() == {"acme": 7}
+    assert len(world.of_kind("order")) == 1
+
+
+def test_a_period_without_a_readable_invoice_is_closed_with_what_a_person_says():
+    """7 of 9 units were charged: the other two are carried into the current period, once."""
+    world = World(unit=PeriodUnit.DAY)
+    world.stripe.void = True
+    world.say("acme", 7, 3, 9_300_000)
+    world.work(until=NOW + 20 * HOUR, every=HOUR)
+    (account,) = world.of_kind("held")
+    world.orders = [ordered("resolve", account["window_id"], value=7)]
+
+    world.work(until=NOW + 24 * HOUR, every=HOUR)
+
+    assert account["reason"] == "invoice_void"
+    assert world.carried_micro("acme") == {"remainder": 300_000, "late": 2 * MICRO}
+    assert world.stripe.units() == {"acme": 11}
+    assert world.balance_micro("acme") == 0
+
+
+def test_a_foreign_day_is_compared_again_after_a_release():
+    """Somebody took the foreign usage back: the summary is right, and no unit has moved."""
+    world = World()
+    world.say("acme", 2, 3, 7_000_000)
+    world.work(until=NOW + MINUTE)
+    foreign = world.stripe.counted[0]
+    world.stripe.counted.append(foreign)
+    world.work(until=NOW + 20 * HOUR, every=HOUR)
+    (held,) = world.of_kind("held")
+    world.stripe.counted.remove(foreign)
+    world.orders = [ordered("release", held["window_id"])]
+
+    world.work(until=NOW + 30 * HOUR, every=HOUR)
+
+    assert world.stripe.units() == {"acme": 7}
+    assert [step["value"] for step in world.of_kind("confirmed")] == [7]

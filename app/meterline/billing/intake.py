@@ -10,6 +10,7 @@ from typing import Protocol
 from meterline.billing.meters import UnmappedSkuError
 from meterline.billing.rows import window_row
 from meterline.billing.state import BillingState, Row, Waiting
+from meterline.billing.switches import Clients
 from meterline.billing.valuation import Valuation
 from meterline.domain.billing import Known, Verdict, amounts_digest, judge
 from meterline.domain.clients import Client
@@ -19,7 +20,7 @@ from meterline.logs import get_logger
 from meterline.metrics import WINDOWS_CONTRADICTED
 from meterline.settings import BillingSettings
 
-__all__ = ["Arrived", "Clients", "HeldReason", "Intake", "Reader", "Valued"]
+__all__ = ["Arrived", "HeldReason", "Intake", "Reader", "Valued"]
 
 REVIEWS_PER_FLUSH_MAX = 5_000
 """Waiting windows looked at again in one flush: with their rows one transaction of a few megabytes."""
@@ -35,15 +36,6 @@ class HeldReason:
     UNVERIFIED = "unverified"
     STILL_TRYING = ""
     """Not equal to the ledger yet, and not for long: not listed as held."""
-
-
-class Clients(Protocol):
-    """What billing needs of the client registry."""
-
-    version: int
-
-    def get(self, client_id: str) -> Client | None:
-        """The client, or None."""
 
 
 class Reader(Protocol):

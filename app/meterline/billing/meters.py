@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from meterline.domain.account_books import MeterTerms
 from meterline.domain.credits import to_micro
 from meterline.domain.encoding import hash_hex
 from meterline.domain.windows import SkuTotal
@@ -86,6 +87,11 @@ class MeterMap(_Strict):
     def by_name(self) -> Mapping[str, Meter]:
         """The meters by name."""
         return {meter.name: meter for meter in self.meters}
+
+    @cached_property
+    def terms(self) -> Mapping[str, MeterTerms]:
+        """What of each meter must never change."""
+        return {meter.name: MeterTerms(meter.event_name, meter.unit_micro) for meter in self.meters}
 
     @cached_property
     def digest(self) -> str:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Protocol
 
-from meterline.billing.intake import Clients
+from meterline.billing.clock import Clock
 from meterline.billing.outcomes import Answer, Outcome
 from meterline.billing.queue import SendQueue
-from meterline.billing.rows import record_row
 from meterline.billing.state import BillingState
-from meterline.domain.billing import reason_not_to_send
+from meterline.billing.switches import Switch, Switches
+from meterline.domain.account_books import AccountBooks
+from meterline.domain.billing import INVOICE_GRACE_MS, reason_not_to_send
 from meterline.domain.usage_records import RecordState, UsageRecord
 from meterline.errors import PartitionHalted
 from meterline.logs import get_logger
@@ -57,12 +57,21 @@ class Outbound:
     """
 
     def __init__(
-        self, state: BillingState, clients: Clients, sender: Sender, clock_ms: Callable[[], int]
+        self,
+        state: BillingState,
+        books: AccountBooks,
+        *,
+        switches: Switches,
+        sender: Sender,
+        clock: Clock,
+        invoice_grace_ms: int = INVOICE_GRACE_MS,
     ) -> None:
         self._state = state
-        self._clients = clients
+        self._books = books
+        self._switches = switches
         self._sender = sender
-        self._clock_ms = clock_ms
+        self._clock = clock
+        self._invoice_grace_ms = invoice_grace_ms
         self._queue = SendQueue()
         self._failures: dict[str, int] = {}
         self._reserved: set[tuple[str, str]] = set()
@@ -79,16 +88,23 @@ class Outbound:
 
     def plan(self) -> list[UsageRecord]:
         """Mark as many attempts as may be made right now: one commit for all of them."""
-        now_ms = self._clock_ms()
+        now_ms = self._clock.now_ms()
         attempts: list[UsageRecord] = []
         room = self._sender.room()
         while len(attempts) < room and (taken := self._queue.take(now_ms)) is not None:
             lane, identifier = taken
-            record = self._state.records[identifier]
-            if reason := reason_not_to_send(record, now_ms):
+            record = self._state.open_record(identifier)
+            if record is None or record.held_reason:  # settled, or held, while it waited
+                self._queue.free(lane)
+                continue
+            switch = self._switches.of(record.client_id)
+            if reason := reason_not_to_send(record, now_ms, self._invoice_grace_ms):
                 self._queue.free(lane)
                 self._hold(record, reason, now_ms)
-            elif (client := self._clients.get(record.client_id)) is not None and client.sending_paused:
+            elif switch is Switch.SHADOW and not record.attempted:
+                self._queue.free(lane)
+                self._books.shadow(record, now_ms)
+            elif switch is not Switch.ON:
                 self._queue.free(lane)
                 self.push(record, now_ms + PAUSED_MS)
             elif not self._sender.reserve(lane):
@@ -96,11 +112,7 @@ class Outbound:
                 self.push(record, now_ms + BUSY_MS)
             else:
                 self._reserved.add(lane)
-                first = record.first_attempt_at if record.first_attempt_at is not None else now_ms
-                record = replace(record, state=RecordState.UNKNOWN, first_attempt_at=first)
-                self._state.set_record(record)
-                self._state.add_row(record_row("attempt", now_ms, record))
-                attempts.append(record)
+                attempts.append(self._books.attempt(record, now_ms))
         return attempts
 
     def start(self, attempts: Sequence[UsageRecord], committed_at: float) -> None:
@@ -120,7 +132,7 @@ class Outbound:
         if self._broken is not None:
             raise self._broken
         answers, self._answers = self._answers, []
-        now_ms = self._clock_ms()
+        now_ms = self._clock.now_ms()
         for record, outcome in answers:
             self._queue.free(record.lane)
             self._settle(record, outcome, now_ms)
@@ -152,16 +164,14 @@ class Outbound:
                 f"usage record {record.identifier} differs from what was first sent under its idempotency "
                 f"key {record.idempotency_key}: {outcome.detail}"
             )
+        reason = answer.value if outcome.detail else ""
+        facts = {"request_id": outcome.request_id, "detail": outcome.detail, "reason": reason}
         if answer in {Answer.ACCEPTED, Answer.DUPLICATE}:
-            done = replace(record, state=RecordState(answer.value))
-            self._state.drop_record(record.identifier)
             self._failures.pop(record.identifier, None)
-            self._add_outcome(done, outcome, now_ms)
+            self._books.landed(record, RecordState(answer.value), now_ms, **facts)
         elif answer is Answer.REFUSED:
-            refused = replace(record, state=RecordState.REFUSED, held_reason="refused")
-            self._state.set_record(refused)
             self._failures.pop(record.identifier, None)
-            self._add_outcome(refused, outcome, now_ms)
+            self._books.refused(record, now_ms, **facts)
             log.error(
                 "Stripe refused a usage record; it is held",
                 identifier=record.identifier,
@@ -169,33 +179,17 @@ class Outbound:
                 detail=outcome.detail,
             )
         else:
-            self._add_outcome(record, outcome, now_ms)
-            if outcome.new_key:
-                record = replace(record, attempt_key=record.attempt_key + 1)
-                self._state.set_record(record)
-            self.push(record, now_ms + self._backoff_ms(record.identifier))
+            again = self._books.unanswered(record, now_ms, new_key=outcome.new_key, **facts)
+            if again is not None:
+                self.push(again, now_ms + self._backoff_ms(record.identifier))
 
     def _backoff_ms(self, identifier: str) -> int:
         failures = self._failures[identifier] = self._failures.get(identifier, 0) + 1
         longest = min(BACKOFF_MS_MIN * 2 ** min(failures, 10), BACKOFF_MS_MAX)
         return int(longest * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, no secret
 
-    def _add_outcome(self, record: UsageRecord, outcome: Outcome, now_ms: int) -> None:
-        self._state.add_row(
-            record_row(
-                "outcome",
-                now_ms,
-                record,
-                reason=record.held_reason or (outcome.answer.value if outcome.detail else ""),
-                request_id=outcome.request_id,
-                detail=outcome.detail,
-            )
-        )
-
     def _hold(self, record: UsageRecord, reason: str, now_ms: int) -> None:
-        held = replace(record, held_reason=reason)
-        self._state.set_record(held)
-        self._state.add_row(record_row("held", now_ms, held, state="held"))
+        self._books.hold(record, reason, now_ms)
         log.error(
             "usage record held",
             identifier=record.identifier,

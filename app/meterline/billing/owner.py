@@ -1,29 +1,38 @@
 """The owner of one partition of usage.windows: one commit per flush, Stripe only after it.
 
 snapshots -> verify -> advances + intents + attempts -> commit -> ledger -> Stripe
-                               answers of earlier attempts -^
+      answers, summaries, invoices, notices, orders -^
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
+import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import stamina
 
-from meterline.billing.intake import Arrived, Clients, Intake, Reader
+from meterline.billing.clock import Clock
+from meterline.billing.formats import bring_up_to_date
+from meterline.billing.intake import Arrived, Intake
+from meterline.billing.intake import Reader as WindowReader
 from meterline.billing.meters import MeterMap
+from meterline.billing.notices import NoticeBoard, Notices, RecordFinder
+from meterline.billing.orders import OrderReader, Orders
 from meterline.billing.outbound import Outbound, Sender
+from meterline.billing.reconciler import Reconciler
 from meterline.billing.rows import log_columns, snapshot_columns
-from meterline.billing.send import boot_time
 from meterline.billing.state import BillingState, Meta
+from meterline.billing.stripe_reads import Reads
+from meterline.billing.switches import Clients, Switches
 from meterline.billing.valuation import Valuation
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import snapshot_from_record
+from meterline.domain.account_books import AccountBooks, Terms
+from meterline.domain.billing import invoice_closes_at
 from meterline.domain.windows import WindowSnapshot
 from meterline.errors import DeadLetterError, PartitionHalted, RetryLater
 from meterline.ledger.tables import (
@@ -33,7 +42,7 @@ from meterline.ledger.tables import (
     WINDOW_SNAPSHOTS,
 )
 from meterline.logs import get_logger
-from meterline.metrics import USAGE_RECORDS_HELD
+from meterline.metrics import INVOICE_CLOSES_SECONDS, USAGE_RECORDS_HELD
 from meterline.settings import BillingSettings
 from meterline.streaming.owner import Commit, CommitFn, LogRange, PartitionOwner, SourceRecord
 from meterline.streaming.steps import Step, reached
@@ -55,6 +64,10 @@ class Writer(Protocol):
         """Returns when the rows are acknowledged."""
 
 
+class Reader(WindowReader, RecordFinder, OrderReader, Protocol):
+    """What billing asks the ledger."""
+
+
 @dataclass(frozen=True, slots=True)
 class BillingParts:
     """What the partitions of a worker share."""
@@ -66,7 +79,10 @@ class BillingParts:
     reader: Reader
     writer: Writer
     sender: Sender
-    clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
+    reads: Reads
+    board: NoticeBoard
+    switches: Switches
+    clock: Clock
 
 
 class BillingOwner(PartitionOwner):
@@ -84,6 +100,9 @@ class BillingOwner(PartitionOwner):
         self._state: BillingState
         self._intake: Intake
         self._outbound: Outbound
+        self._reconciler: Reconciler
+        self._notices: Notices
+        self._orders: Orders
 
     # -- taking over
 
@@ -104,19 +123,54 @@ class BillingOwner(PartitionOwner):
         self._check_meters()
         if committed is None or meta != committed.meta:
             self._state.set_meta(meta)
-            await commit(Commit(self._state.take_changes(), (), meta.applied_offset))
-        valuation = Valuation(self._state, parts.meters, parts.settings.installation_id)
-        self._intake = Intake(
-            self._state,
-            valuation,
-            clients=parts.clients,
-            reader=parts.reader,
-            settings=parts.settings,
-            decode=self._decode_bytes,
-        )
-        self._outbound = Outbound(self._state, parts.clients, parts.sender, parts.clock_ms)
+        bring_up_to_date(self._state, parts.meters.terms, self._customers())
+        if changes := self._state.take_changes():
+            await commit(Commit(changes, (), meta.applied_offset))
+        self._put_together()
+        await self._orders.read_switches()
         await self._append_rows()
         return meta.applied_offset + 1
+
+    def _put_together(self) -> None:
+        parts, state = self._parts, self._state
+        settings, clock = parts.settings, parts.clock
+        terms = Terms(
+            settings.installation_id, parts.meters.version, parts.meters.terms, settings.invoice_grace_ms
+        )
+        books = AccountBooks(state, terms)
+        self._intake = Intake(
+            state,
+            Valuation(state, parts.meters, books),
+            clients=parts.clients,
+            reader=parts.reader,
+            settings=settings,
+            decode=self._decode_bytes,
+        )
+        self._outbound = Outbound(
+            state,
+            books,
+            switches=parts.switches,
+            sender=parts.sender,
+            clock=clock,
+            invoice_grace_ms=settings.invoice_grace_ms,
+        )
+        self._reconciler = Reconciler(
+            state, books, clients=parts.clients, reads=parts.reads, clock=clock, meters=parts.meters.terms
+        )
+        self._notices = Notices(state, books, board=parts.board, finder=parts.reader, clock=clock)
+        self._orders = Orders(
+            state, books, self._reconciler, switches=parts.switches, reader=parts.reader, clock=clock
+        )
+
+    def _customers(self) -> dict[str, str]:
+        """Customers of the clients in an older state."""
+        names = {str(values[0]) for values in self._state.format_1_accounts.values()}
+        known = {name: self._parts.clients.get(name) for name in names}
+        return {
+            name: client.stripe_customer_id
+            for name, client in known.items()
+            if client is not None and client.stripe_customer_id is not None
+        }
 
     def _checked(self, meta: Meta | None, log: LogRange) -> Meta:
         """The META to go on with.
@@ -155,11 +209,19 @@ class BillingOwner(PartitionOwner):
         return replace(meta, map_version=meters.version, map_digest=meters.digest)
 
     def _check_meters(self) -> None:
-        used = {key.meter for key in self._state.accounts}
-        if gone := sorted(used - self._parts.meters.by_name.keys()):
+        """A meter that was ever used stays as it is: what it counted would otherwise change its worth."""
+        now = self._parts.meters.terms
+        used = self._state.meters
+        former = {values[1] for values in self._state.format_1_accounts.values()}
+        if gone := sorted((used.keys() | former) - now.keys()):
             raise PartitionHalted(
                 f"the meters file no longer has {', '.join(gone)}, which was billed. Put it back; its `skus` "
                 "may be empty"
+            )
+        if changed := sorted(name for name, terms in used.items() if terms != now[name]):
+            raise PartitionHalted(
+                f"the meters file gives {', '.join(changed)} another event_name or unit than it was billed "
+                "with. Put them back, and give a new unit a meter of its own"
             )
 
     # -- records
@@ -188,8 +250,10 @@ class BillingOwner(PartitionOwner):
             columns = snapshot_columns(self._log.topic_id, self._partition, snapshots)
             await parts.writer.insert(WINDOW_SNAPSHOTS, WINDOW_SNAPSHOT_COLUMNS, columns)
         self._outbound.settle()
-        valued = await self._intake.take(arrived, parts.clock_ms())
-        for record in valued.records:
+        self._notices.settle()
+        made = [*self._reconciler.settle(), *self._orders.carry_out()]
+        valued = await self._intake.take(arrived, parts.clock.now_ms())
+        for record in (*made, *valued.records):
             self._outbound.push(record)
         attempts = self._outbound.plan()
         state.drop_rows(self._in_ledger)
@@ -197,13 +261,13 @@ class BillingOwner(PartitionOwner):
         if batch:
             state.set_meta(replace(state.meta, applied_offset=batch[-1].offset))
         reached(Step.FLUSH_BUILT)
-        committed_at = boot_time()
+        committed_at = parts.clock.boot_s()
         if changes := state.take_changes():
             await self._commit(Commit(changes, (), state.meta.applied_offset))
         for _ in batch:
             self._arrived.popleft()
         await self._append_rows()
-        if valued.records:
+        if made or valued.records:
             reached(Step.INTENT_IN_LEDGER)
         if attempts:
             reached(Step.ATTEMPT_IN_LEDGER)
@@ -217,6 +281,9 @@ class BillingOwner(PartitionOwner):
                 waiting=len(state.waiting),
                 up_to_offset=state.meta.applied_offset,
             )
+        self._reconciler.start()
+        self._notices.start()
+        self._orders.start()
         self._show_held()
 
     async def _append_rows(self) -> None:
@@ -253,14 +320,21 @@ class BillingOwner(PartitionOwner):
     # -- the rest
 
     def _show_held(self) -> None:
-        now_ms = self._parts.clock_ms()
+        now_ms = self._parts.clock.now_ms()
         if now_ms < self._count_held_at:
             return
         self._count_held_at = now_ms + HELD_METRIC_INTERVAL_MS
         self._set_held(
             Counter(waiting.reason for waiting in self._state.waiting.values() if waiting.reason)
             + Counter(record.held_reason for record in self._state.records.values() if record.held_reason)
+            + Counter(account.problem for account in self._state.accounts.values() if account.problem)
         )
+        grace_ms = self._parts.settings.invoice_grace_ms
+        closes = [
+            invoice_closes_at(key.period_end, grace_ms) for key in self._state.accounts_with_open_records()
+        ]
+        left_s = (min(closes) - now_ms) / 1000 if closes else math.inf
+        INVOICE_CLOSES_SECONDS.labels(self._partition).set(left_s)
 
     def _set_held(self, held: Counter[str]) -> None:
         """The metric is of the whole worker: add this partition's difference."""
@@ -270,6 +344,7 @@ class BillingOwner(PartitionOwner):
 
     def close(self) -> None:
         """The partition is lost; see PartitionOwner."""
-        if hasattr(self, "_outbound"):  # not after a restore that halted
-            self._outbound.close()
+        if hasattr(self, "_orders"):  # not after a restore that halted
+            for part in (self._outbound, self._reconciler, self._notices, self._orders):
+                part.close()
         self._set_held(Counter())

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from meterline.domain.billing import AccountKey
-from meterline.domain.usage_records import UsageRecord
+from meterline.domain.account_books import About, Step
+from meterline.domain.accounts import AccountKey
 from meterline.domain.windows import WindowRef, WindowSnapshot
 from meterline.ledger.tables import USAGE_RECORD_LOG_COLUMNS
 
-__all__ = ["advance_row", "log_columns", "record_row", "snapshot_columns", "window_row"]
+__all__ = ["log_columns", "snapshot_columns", "step_row", "unsent_row", "window_row"]
+
+NOT_SENT = "not_sent"
+"""State of an advance whose credits never reach Stripe."""
 
 _STEP_COLUMNS = USAGE_RECORD_LOG_COLUMNS[4:]
 """Without log_id, partition and seq, which say where the row stands, and generation: a step is committed in
@@ -35,61 +38,50 @@ _TEXTS = frozenset(
 _EMPTY: dict[str, Any] = {column: "" if column in _TEXTS else 0 for column in _STEP_COLUMNS}
 
 
-def advance_row(
-    now_ms: int,
-    ref: WindowRef,
-    cutoff_offset: int,
-    key: AccountKey,
-    credits_micro: int,
-    **facts: Any,
+def step_row(step: Step, map_version: int, now_ms: int) -> tuple[Any, ...]:
+    """A step of the accounts. One of a usage record has all its facts: each step can be read alone."""
+    key, about = step.account, step.about
+    facts: dict[str, Any] = {
+        "recorded_at": now_ms,
+        "kind": step.kind,
+        "client_id": key.client_id,
+        "meter": key.meter,
+        "map_version": map_version,
+        "period_start": key.period_start,
+        "period_end": key.period_end,
+        "window_id": about.window_id,
+        "window_start": about.start,
+        "window_end": about.end,
+        "source_topic_id": about.source_topic_id,
+        "source_partition": about.source_partition,
+        "cutoff_offset": about.cutoff_offset,
+        "credits_micro": step.credits_micro,
+        "stripe_customer": key.customer,
+        "value": step.value,
+        "state": step.state,
+        "reason": step.reason,
+        "request_id": step.request_id,
+        "detail": step.detail,
+    }
+    if (record := step.record) is not None:
+        facts["identifier"] = record.identifier
+        facts["map_version"] = record.map_version
+        if step.kind != "advance":
+            facts |= {
+                "event_name": record.event_name,
+                "event_timestamp": record.event_timestamp,
+                "idempotency_key": record.idempotency_key,
+                "first_attempt_at": record.first_attempt_at or 0,
+            }
+    return _row(facts)
+
+
+def unsent_row(
+    now_ms: int, about: About, key: AccountKey, credits_micro: int, *, map_version: int, reason: str
 ) -> tuple[Any, ...]:
-    """A snapshot was absorbed by an account: by how much its credits changed. Written also for 0 units."""
-    return _row(
-        facts
-        | _window_facts(ref, cutoff_offset)
-        | {
-            "recorded_at": now_ms,
-            "kind": "advance",
-            "meter": key.meter,
-            "map_version": key.map_version,
-            "period_start": key.period_start,
-            "period_end": key.period_end,
-            "credits_micro": credits_micro,
-        }
-    )
-
-
-def record_row(kind: str, now_ms: int, record: UsageRecord, **facts: Any) -> tuple[Any, ...]:
-    """A step of a usage record: `record`, `attempt`, `outcome` or `held`. All its facts, so that each step
-    can be read alone.
-    """  # noqa: D205 - one sentence that needs two lines
-    return _row(
-        {
-            "recorded_at": now_ms,
-            "kind": kind,
-            "client_id": record.client_id,
-            "meter": record.meter,
-            "map_version": record.map_version,
-            "period_start": record.period_start,
-            "period_end": record.period_end,
-            "window_id": record.window_id,
-            "window_start": record.window_start,
-            "window_end": record.window_end,
-            "source_topic_id": record.source_topic_id,
-            "source_partition": record.source_partition,
-            "cutoff_offset": record.cutoff_offset,
-            "identifier": record.identifier,
-            "event_name": record.event_name,
-            "stripe_customer": record.customer,
-            "value": record.value,
-            "event_timestamp": record.event_timestamp,
-            "idempotency_key": record.idempotency_key,
-            "state": record.state.value,
-            "reason": record.held_reason,
-            "first_attempt_at": record.first_attempt_at or 0,
-        }
-        | facts
-    )
+    """Credits that are metered and never reach Stripe; no account absorbs them."""
+    step = Step("advance", key, about, credits_micro, state=NOT_SENT, reason=reason)
+    return step_row(step, map_version, now_ms)
 
 
 def window_row(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import stripe
 
+from meterline.billing.clock import Clock
 from meterline.billing.outcomes import ANSWERLESS, Answer, Outcome, classify
 from meterline.domain.usage_records import UsageRecord
 from meterline.logs import get_logger
 from meterline.metrics import STRIPE_REQUESTS, STRIPE_SENDING_STOPPED
 from meterline.settings import StripeSettings
 
-__all__ = ["CUSTOMER_KEY", "VALUE_KEY", "RateLimit", "StripeSender", "boot_time", "stripe_client"]
+__all__ = ["CUSTOMER_KEY", "VALUE_KEY", "RateLimit", "StripeSender", "stripe_client"]
 
 THREADS = 32
 """Requests at the same time: at Stripe's 100 ms or so an answer this is 300 a second, and a thread costs
@@ -34,20 +36,30 @@ VALUE_KEY = "value"
 log = get_logger(__name__)
 
 
-def stripe_client(settings: StripeSettings) -> stripe.StripeClient:
+class _Hearing(stripe.RequestsClient):
+    """Tells the clock what time it is at Stripe, with every answer."""
+
+    def __init__(self, clock: Clock, timeout_s: float) -> None:
+        super().__init__(timeout=timeout_s)
+        self._billing_clock = clock
+
+    def request(  # type: ignore[override]  # of RequestsClient, which its own base declares otherwise
+        self, method: str, url: str, headers: Mapping[str, str] | None, post_data: Any = None
+    ) -> tuple[bytes, int, Mapping[str, str]]:
+        answer = super().request(method, url, headers, post_data)
+        if date := answer[2].get("Date"):
+            self._billing_clock.heard(date)
+        return answer
+
+
+def stripe_client(settings: StripeSettings, clock: Clock) -> stripe.StripeClient:
     """A client whose retries are ours: it makes one request, whatever the answer."""
     return stripe.StripeClient(
         settings.api_key.get_secret_value(),
         base_addresses={"api": settings.api_base} if settings.api_base else None,
         max_network_retries=0,
-        http_client=stripe.RequestsClient(timeout=settings.timeout_s),
+        http_client=_Hearing(clock, settings.timeout_s),
     )
-
-
-def boot_time() -> float:
-    """Seconds on a clock that also runs while the machine sleeps, where the system has one."""
-    clock = getattr(time, "CLOCK_BOOTTIME", None)
-    return time.monotonic() if clock is None else time.clock_gettime(clock)
 
 
 class RateLimit:
@@ -87,8 +99,8 @@ class StripeSender:
         client: stripe.StripeClient,
         requests_per_second: float,
         *,
+        clock: Clock,
         paused: bool = False,
-        clock: Callable[[], float] = boot_time,
     ) -> None:
         self.stopped = ""
         self._client = client
@@ -122,7 +134,7 @@ class StripeSender:
 
         Args:
             record: as it was committed.
-            committed_at: `boot_time()` right before the commit of this attempt.
+            committed_at: `Clock.boot_s()` right before the commit of this attempt.
         """
         call = self._threads.submit(self._request, record, committed_at)
         call.add_done_callback(lambda _: self._lanes.discard(record.lane))
@@ -144,7 +156,7 @@ class StripeSender:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _request(self, record: UsageRecord, committed_at: float) -> Outcome:
-        if self._clock() - committed_at > FRESH_S:
+        if self._clock.boot_s() - committed_at > FRESH_S:
             return Outcome(Answer.NOT_SENT, f"more than {FRESH_S:.0f} s since the commit of the attempt")
         try:
             event = self._client.v1.billing.meter_events.create(

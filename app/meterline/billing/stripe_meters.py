@@ -18,13 +18,17 @@ __all__ = ["ensure_meters"]
 log = get_logger(__name__)
 
 
-def ensure_meters(client: stripe.StripeClient, meters: Iterable[Meter]) -> None:
+def ensure_meters(client: stripe.StripeClient, meters: Iterable[Meter]) -> list[str]:
     """Create what is missing; safe to run at the same time in several workers. Blocks.
+
+    Returns:
+        The names of the meters that were missing.
 
     Raises:
         RetryLater: Stripe doesn't answer.
         UserError: a meter exists but counts otherwise, or Stripe refuses; the text says what to do.
     """
+    created: list[str] = []
     try:
         listed = client.v1.billing.meters.list({"limit": 100})
         there: dict[str, stripe.billing.Meter] = {}
@@ -35,10 +39,12 @@ def ensure_meters(client: stripe.StripeClient, meters: Iterable[Meter]) -> None:
             existing = there.get(meter.event_name)
             if existing is None:
                 _create(client, meter)
+                created.append(meter.name)
             else:
                 _check(existing)
     except ANSWERLESS as error:
         raise _explained(error) from error
+    return created
 
 
 def _create(client: stripe.StripeClient, meter: Meter) -> None:

@@ -11,10 +11,14 @@ from typing import Any
 
 import stamina
 
+from meterline.billing.clock import Clock, StripeClock
 from meterline.billing.meters import load_meters
+from meterline.billing.notices import NoticeBoard
 from meterline.billing.owner import BillingOwner, BillingParts
 from meterline.billing.send import StripeSender, stripe_client
 from meterline.billing.stripe_meters import ensure_meters
+from meterline.billing.stripe_reads import StripeReads
+from meterline.billing.switches import Switches
 from meterline.billing.verify import LedgerVerifier
 from meterline.clients import ClientRegistry
 from meterline.contracts.codec import RecordCodec
@@ -35,16 +39,21 @@ START_TIMEOUT_S = 30.0
 """How long a starting worker waits for Stripe and for the client registry: longer than they take to start."""
 
 
-def create_app(settings: Settings) -> WorkerApp:
+def create_app(settings: Settings, clock: Clock | None = None) -> WorkerApp:
     """The Faust app of a billing worker.
+
+    Args:
+        clock: another one for whoever simulates months.
 
     Raises:
         UserError: the meters file is wrong.
     """
     billing = settings.billing
     meters = load_meters(billing.meters_file)
-    client = stripe_client(settings.stripe)
-    sender = StripeSender(client, billing.requests_per_second, paused=billing.sending_paused)
+    clock = clock or StripeClock()
+    client = stripe_client(settings.stripe, clock)
+    sender = StripeSender(client, billing.requests_per_second, clock=clock, paused=billing.sending_paused)
+    reads = StripeReads(client)
     writer = LedgerWriter(settings.clickhouse)
     reader = LedgerReader(settings.clickhouse)
     registry = ClientRegistry(settings)
@@ -72,11 +81,16 @@ def create_app(settings: Settings) -> WorkerApp:
             reader=LedgerVerifier(reader),
             writer=writer,
             sender=sender,
+            reads=reads,
+            board=NoticeBoard(reads, clock),
+            switches=Switches(registry),
+            clock=clock,
         )
         return lambda partition: BillingOwner(partition, parts)
 
     async def close() -> None:
         sender.close()
+        reads.close()
         reader.close()
         await writer.close()
         await asyncio.to_thread(registry.close)

@@ -11,6 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from meterline.billing.clock import StripeClock
+from meterline.billing.meters import load_meters
+from meterline.billing.send import stripe_client
+from meterline.billing.stripe_meters import ensure_meters
+from meterline.cli.billing_orders import REMEDIES, held, pause, release, resolve, resume, shadow
 from meterline.cli.period import iso
 from meterline.domain.credits import format_credits
 from meterline.ledger.client import connect, explained
@@ -20,16 +25,10 @@ from meterline.settings import load_settings
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="What billing knows, holds and has sent.", rich_markup_mode=None)
-
-REMEDIES = {
-    "no_customer": "set one: meterline clients set CLIENT --stripe-customer cus_...",
-    "unmapped_sku": "add the SKU to the meters file and raise its version",
-    "unverified": "the ledger and the window differ: see docs/operations.md, held windows",
-    "refused": "Stripe's text is in the view usage_records; see docs/operations.md",
-    "unknown_outcome": "compare with Stripe's event summaries; see docs/operations.md",
-    "invoice_final": "its invoice is closed; see docs/operations.md",
-    "too_old": "Stripe takes no usage older than 35 days; see docs/operations.md",
-}
+meters = typer.Typer(no_args_is_help=True, help="The meters of the meters file.", rich_markup_mode=None)
+app.add_typer(meters, name="meters")
+for command in (held, release, resolve, pause, resume, shadow):
+    app.command()(command)
 
 
 @app.callback()
@@ -56,6 +55,25 @@ def status(
     Console().print(_table(states, clients=clients))
     for reason in sorted({state.reason for state in states} & REMEDIES.keys()):
         typer.echo(f"{reason}: {REMEDIES[reason]}")
+
+
+@meters.callback()
+def meters_of_the_file() -> None:
+    """The meters of the meters file."""
+
+
+@meters.command()
+def apply() -> None:
+    """Create at Stripe what the meters file has and Stripe lacks; refuse what counts otherwise there."""
+    settings = load_settings()
+    wanted = load_meters(settings.billing.meters_file)
+    created = ensure_meters(stripe_client(settings.stripe, StripeClock()), wanted.meters)
+    for meter in wanted.meters:
+        state = "created" if meter.name in created else "there"
+        unit = f"1 unit = {meter.unit_credits} credits"
+        typer.echo(f"{meter.name}: {meter.event_name}, {unit}, {', '.join(meter.skus) or 'no SKUs'}: {state}")
+    if wanted.free_skus:
+        typer.echo(f"free: {', '.join(wanted.free_skus)}")
 
 
 def _table(states: Sequence[BillingState], *, clients: bool) -> Table:

@@ -32,7 +32,7 @@ UNIT_MICRO = MICRO
 """The packaged meters file: one unit is one credit."""
 SINGLE_OBJECT_HEADER = 10
 """Avro's single-object encoding: two magic bytes and a fingerprint of eight."""
-DONE = {"accepted", "duplicate"}
+DONE = {"accepted", "duplicate", "settled"}
 KAFKA_TIMEOUT_S = 10.0
 DAY_S = 86_400
 AMOUNTS = ("granted", "life", "base", "prov", "held")

@@ -1,13 +1,4 @@
-"""What a snapshot is worth: the arithmetic of billing, without IO or clock.
-
-For each client, meter, map version and billing period an account absorbs every change of every snapshot:
-
-    C  credits (micro), the sum of all changes; it may fall and be negative
-    U  units told to Stripe so far: max(0, floor(C / unit))
-
-A change is worth `U_new - U_old` whole units. So the sum of all values is always the floor of the sum of all
-credits, whatever the order of the snapshots, and no rounding is ever lost: `C = U * unit + remainder`.
-"""
+"""When Stripe takes usage, and what a snapshot says that is new: limits of billing, without IO or clock."""
 
 from __future__ import annotations
 
@@ -21,18 +12,20 @@ from meterline.domain.usage_records import UsageRecord
 from meterline.domain.windows import SkuTotal
 
 __all__ = [
+    "ABSENCE_MS",
     "FUTURE_MAX_MS",
     "INVOICE_GRACE_MS",
+    "INVOICE_GRACE_MS_MAX",
     "INVOICE_MARGIN_MS",
     "PAST_MAX_MS",
     "RESEND_MAX_MS",
-    "Account",
-    "AccountKey",
+    "UNPROMPTED_ABSENCE_MS",
     "Known",
     "Verdict",
     "amounts_digest",
     "changes_of",
     "event_timestamp",
+    "invoice_closes_at",
     "invoice_takes",
     "judge",
     "reason_not_to_send",
@@ -44,6 +37,8 @@ DAY_MS = 24 * HOUR_MS
 
 INVOICE_GRACE_MS = HOUR_MS
 """Stripe finalises an invoice one hour after its period ended, unless the account is set to wait longer."""
+INVOICE_GRACE_MS_MAX = 72 * HOUR_MS
+"""The longest it can be set to."""
 INVOICE_MARGIN_MS = 10 * MINUTE_MS
 """No attempt this shortly before an invoice is final: for clocks that differ and requests on their way."""
 PAST_MAX_MS = 34 * DAY_MS
@@ -52,6 +47,13 @@ FUTURE_MAX_MS = 4 * MINUTE_MS
 """Stripe refuses timestamps more than 5 minutes ahead; the minute between is for clocks that differ."""
 RESEND_MAX_MS = 23 * HOUR_MS
 """Stripe remembers an identifier for at least 24 hours; after 23 an unknown outcome stays unknown."""
+
+
+ABSENCE_MS = 6 * HOUR_MS
+"""Summaries are eventually consistent, with no published delay: what was attempted longer ago and is not in
+one is missing."""
+UNPROMPTED_ABSENCE_MS = DAY_MS
+"""The same where nothing else says that something is wrong: no unknown outcome, no notice."""
 
 
 class Verdict(Enum):
@@ -76,30 +78,6 @@ class Known:
     cutoff_offset: int
     amounts: str
     meters: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class AccountKey:
-    """Whose credits add up to units together. Period in milliseconds, half-open."""
-
-    client_id: str
-    meter: str
-    map_version: int
-    period_start: int
-    period_end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """C and U of the module's first words."""
-
-    credits_micro: int = 0
-    units: int = 0
-
-    def absorb(self, change_micro: int, unit_micro: int) -> Account:
-        """The account after a change; what the change is worth is the difference of the units."""
-        credits_micro = self.credits_micro + change_micro
-        return Account(credits_micro, max(0, credits_micro // unit_micro))
 
 
 def judge(known: Known | None, cutoff_offset: int, amounts: str) -> Verdict:
@@ -130,9 +108,14 @@ def changes_of(known: Known | None, meters: Mapping[str, int]) -> dict[str, int]
     return {meter: meters.get(meter, 0) - before.get(meter, 0) for meter in sorted({*before, *meters})}
 
 
-def invoice_takes(period_end: int, now_ms: int) -> bool:
+def invoice_closes_at(period_end: int, grace_ms: int = INVOICE_GRACE_MS) -> int:
+    """From when on nothing is sent for a period: the margin before Stripe finalises its invoice."""
+    return period_end + grace_ms - INVOICE_MARGIN_MS
+
+
+def invoice_takes(period_end: int, now_ms: int, grace_ms: int = INVOICE_GRACE_MS) -> bool:
     """Whether usage sent now still reaches the invoice of a period."""
-    return now_ms < period_end + INVOICE_GRACE_MS - INVOICE_MARGIN_MS
+    return now_ms < invoice_closes_at(period_end, grace_ms)
 
 
 def event_timestamp(
@@ -152,7 +135,7 @@ def event_timestamp(
     return seconds
 
 
-def reason_not_to_send(record: UsageRecord, now_ms: int) -> str:
+def reason_not_to_send(record: UsageRecord, now_ms: int, grace_ms: int = INVOICE_GRACE_MS) -> str:
     """Why this record must not be attempted any more; empty when it may be.
 
     `unknown_outcome`: Stripe may have forgotten the identifier, a resend could be counted twice.
@@ -160,7 +143,7 @@ def reason_not_to_send(record: UsageRecord, now_ms: int) -> str:
     """
     if record.first_attempt_at is not None and now_ms - record.first_attempt_at >= RESEND_MAX_MS:
         return "unknown_outcome"
-    if not invoice_takes(record.period_end, now_ms):
+    if not invoice_takes(record.period_end, now_ms, grace_ms):
         return "invoice_final"
     if record.first_attempt_at is None and record.event_timestamp * 1000 < now_ms - PAST_MAX_MS:
         return "too_old"

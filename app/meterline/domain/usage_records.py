@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from meterline.domain.accounts import DAY_S, AccountKey
 from meterline.domain.encoding import hash_hex
 
 __all__ = [
@@ -37,6 +38,8 @@ class RecordState(StrEnum):
     """Stripe already had this identifier: an earlier attempt had arrived."""
     REFUSED = "refused"
     """Stripe will never take it as it is; its text says why."""
+    SHADOW = "shadow"
+    """It would have been sent, and never will be: sending was in shadow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class UsageRecord:
         value: whole units, negative when a window's total fell.
         attempt_key: number of the idempotency key in use; a new one after each 5xx answer.
         held_reason: why it is not sent any more; empty while it may be.
+        reissue: how many records its account had made anew before it; 0: it is nobody's replacement.
     """
 
     identifier: str
@@ -69,6 +73,22 @@ class UsageRecord:
     first_attempt_at: int | None = None
     attempt_key: int = 0
     held_reason: str = ""
+    reissue: int = 0
+
+    @property
+    def account(self) -> AccountKey:
+        """The account whose units it tells."""
+        return AccountKey(self.client_id, self.meter, self.period_start, self.period_end, self.customer)
+
+    @property
+    def day(self) -> int:
+        """The UTC day in whose summary it must show, counted from the epoch."""
+        return self.event_timestamp // DAY_S
+
+    @property
+    def attempted(self) -> bool:
+        """Whether Stripe may have it."""
+        return self.first_attempt_at is not None
 
     @property
     def idempotency_key(self) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 __all__ = [
+    "BILLING_ORDER_LOG",
+    "BILLING_ORDER_LOG_COLUMNS",
     "CREDIT_GRANT_LOG",
     "CREDIT_GRANT_LOG_COLUMNS",
     "EVENTS",
@@ -153,3 +155,16 @@ REPAIR_LOG_COLUMNS = (
     "detail",
 )
 """Times are int milliseconds."""
+
+BILLING_ORDER_LOG = "billing_order_log"
+BILLING_ORDER_LOG_COLUMNS = (
+    "order_id",
+    "ordered_at",
+    "action",
+    "client_id",
+    "target",
+    "value",
+    "ordered_by",
+    "reason",
+)
+"""Times are int milliseconds; all clients, or no target: ''."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
 
 from meterline.local.sandbox.errors import StripeError
 
-__all__ = ["FIELDS_MAX", "Field", "Params", "decode_form"]
+__all__ = ["FIELDS_MAX", "Field", "Params", "decode_form", "decode_json"]
 
 FIELDS_MAX = 200
 """Fields of one request: metadata's 50 keys and everything else fit several times over."""
@@ -50,6 +51,35 @@ def decode_form(text: str) -> dict[str, Field]:
             raise StripeError(400, f"{key} is given more than once.", param=key)
         level[path[-1]] = value
     return fields
+
+
+def decode_json(data: bytes) -> dict[str, Field]:
+    """Decode API v2's bodies into the same fields: arrays as maps of their indexes, true as "true".
+
+    Raises:
+        StripeError: 400 for what is no JSON object, or has too many fields.
+    """
+    try:
+        body = json.loads(data or b"{}")
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise StripeError(400, "Send one JSON object.")
+    left = FIELDS_MAX
+
+    def field_of(value: Any, depth: int) -> Field:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > DEPTH_MAX:
+            raise StripeError(400, "The parameters cannot be decoded: too many fields")
+        if isinstance(value, list):
+            value = {str(index): item for index, item in enumerate(value)}
+        if isinstance(value, dict):
+            items = value.items()
+            return {name: field_of(item, depth + 1) for name, item in items if item is not None}
+        return value if isinstance(value, str) else json.dumps(value)
+
+    return {name: field_of(value, 1) for name, value in body.items() if value is not None}
 
 
 class Params:
@@ -114,9 +144,26 @@ class Params:
             raise StripeError(400, f"Invalid {name}: must be one of {', '.join(allowed)}", param=name)
         return value
 
+    def text_list(self, key: str) -> list[str]:
+        """The strings of an array, sent as `key[0]`, or of `key` alone; empty where it is absent."""
+        if self.is_map(key):
+            return list(self.text_map(key).values())
+        value = self.text(key)
+        return [] if value is None else [value]
+
+    def is_map(self, key: str) -> bool:
+        """Whether a parameter is there and has keys below it."""
+        return isinstance(self._fields.get(key), dict)
+
     def nested(self, key: str) -> Params:
         """The parameters below a key; none where it is absent."""
         return Params(self._map(key), self.name(key))
+
+    def nested_list(self, key: str) -> list[Params]:
+        """The maps of an array, `key[0][...]`, in the order they were sent; none where it is absent."""
+        items = self._map(key)
+        names = [f"{self.name(key)}[{index}]" for index in items]
+        return [Params(_as_map(item, name), name) for name, item in zip(names, items.values(), strict=True)]
 
     def text_map(self, key: str) -> dict[str, str]:
         """A flat map of strings; empty where it is absent."""
@@ -138,13 +185,16 @@ class Params:
             )
 
     def _map(self, key: str) -> dict[str, Field]:
-        value = self._fields.pop(key, {})
-        if isinstance(value, str):
-            raise StripeError(400, f"{self.name(key)} must be a map.", param=self.name(key))
-        return value
+        return _as_map(self._fields.pop(key, {}), self.name(key))
 
     def _required(self, key: str, value: T | None) -> T:
         if value is None:
             name = self.name(key)
             raise StripeError(400, f"Missing required param: {name}.", code="parameter_missing", param=name)
         return value
+
+
+def _as_map(value: Field, name: str) -> dict[str, Field]:
+    if isinstance(value, str):
+        raise StripeError(400, f"{name} must be a map.", param=name)
+    return value
