@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("stack:status", "What of the local stack runs, and where."),
     "logs": ("stack:logs", "Print a service's log."),
     "demo": ("demo:demo", "Real usage through the whole pipeline, every credit accounted for."),
+    "sandbox": ("sandbox:sandbox", "Run a Stripe sandbox of its own, with a clock to move."),
     "topics": ("topics:app", "Plan and apply the Kafka topics."),
     "schemas": ("schemas:app", "Check the Avro schemas."),
     "migrate": ("migrate:migrate", "Bring the ledger's ClickHouse schema up to date."),

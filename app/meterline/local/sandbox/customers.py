@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from meterline.local.sandbox.command import Call, Outcome
 from meterline.local.sandbox.errors import StripeError
 from meterline.local.sandbox.form import Params
+from meterline.local.sandbox.metadata import take_metadata
 from meterline.local.sandbox.pagination import PageQuery
 from meterline.local.sandbox.state import JsonObject, State
 
 __all__ = ["CreateCustomer", "list_customers", "retrieve_customer"]
-
-METADATA_KEYS_MAX = 50
-METADATA_KEY_LENGTH_MAX = 40
-METADATA_VALUE_LENGTH_MAX = 500
-"""Stripe's limits on metadata (API reference, metadata)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +27,12 @@ class CreateCustomer:
     @classmethod
     def parse(cls, params: Params, _object_id: str) -> CreateCustomer:
         """Take the parameters; raises StripeError 400."""
-        metadata = {key: value for key, value in params.text_map("metadata").items() if value}
-        if (
-            len(metadata) > METADATA_KEYS_MAX
-            or any(len(key) > METADATA_KEY_LENGTH_MAX for key in metadata)
-            or any(len(value) > METADATA_VALUE_LENGTH_MAX for value in metadata.values())
-        ):
-            raise StripeError(
-                400,
-                f"Metadata can have up to {METADATA_KEYS_MAX} keys of {METADATA_KEY_LENGTH_MAX} characters, "
-                f"with values of {METADATA_VALUE_LENGTH_MAX} characters.",
-                param="metadata",
-            )
         return cls(
             name=params.text("name", length_max=256),
             email=params.text("email", length_max=512),
             description=params.text("description"),
             phone=params.text("phone", length_max=50),
-            metadata=metadata,
+            metadata=take_metadata(params),
         )
 
     def lock(self, _state: State) -> None:
@@ -70,7 +54,7 @@ class CreateCustomer:
         return Outcome(customer, ({"kind": "customer", "object": customer},))
 
 
-def retrieve_customer(state: State, params: Params, object_id: str) -> JsonObject:
+def retrieve_customer(state: State, params: Params, object_id: str, _now: int) -> JsonObject:
     """`GET /v1/customers/{id}`; raises StripeError 404."""
     params.finish()
     if object_id not in state.customers:
@@ -78,7 +62,7 @@ def retrieve_customer(state: State, params: Params, object_id: str) -> JsonObjec
     return state.customers[object_id]
 
 
-def list_customers(state: State, params: Params, _object_id: str) -> JsonObject:
+def list_customers(state: State, params: Params, _object_id: str, _now: int) -> JsonObject:
     """`GET /v1/customers`, filtered by the exact `email` if given."""
     query = PageQuery.parse(params)
     email = params.text("email")

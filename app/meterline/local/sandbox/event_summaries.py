@@ -14,7 +14,7 @@ from meterline.local.sandbox.errors import StripeError
 from meterline.local.sandbox.form import Params
 from meterline.local.sandbox.meters import find_meter
 from meterline.local.sandbox.pagination import PageQuery
-from meterline.local.sandbox.state import JsonObject, State, Usage
+from meterline.local.sandbox.state import JsonObject, MeterEvent, State
 
 __all__ = ["aggregate", "list_event_summaries"]
 
@@ -25,18 +25,18 @@ _EXACT = Context(prec=150, traps=[Inexact])
 """Values have at most 15 digits within 64 characters, so sums of 10^70 events still fit; rounding raises."""
 
 
-def aggregate(formula: str, events: Sequence[Usage]) -> Decimal:
+def aggregate(formula: str, events: Sequence[MeterEvent]) -> Decimal:
     """The value of a meter over events in the order of their timestamps; at least one event."""
     if formula == "count":
         return Decimal(len(events))
     if formula == "last":
-        return events[-1].value
+        return _value(events[-1])
     with localcontext(_EXACT):
-        return sum((event.value for event in events), Decimal(0))
+        return sum(map(_value, events), Decimal(0))
 
 
-def list_event_summaries(state: State, params: Params, meter_id: str) -> JsonObject:
-    """`GET /v1/billing/meters/{id}/event_summaries`.
+def list_event_summaries(state: State, params: Params, meter_id: str, now: int) -> JsonObject:
+    """`GET /v1/billing/meters/{id}/event_summaries`: what has arrived in them by now.
 
     `start_time` is inside and `end_time` outside; Stripe's texts disagree on the latter and recommend
     nothing, so a sender keeps its timestamps off the edges. Buckets without events are left out, and one
@@ -56,7 +56,13 @@ def list_event_summaries(state: State, params: Params, meter_id: str) -> JsonObj
         raise StripeError.missing_object("customer", customer, param="customer")
     _check_range(start, end, grouping)
     events = state.usage.get((meter_id, customer), [])
-    within = events[_first_at(events, start) : _first_at(events, end)]
+    seen_until = now - state.rules.summary_lag_s
+    within = [
+        event
+        for event in events[_first_at(events, start) : _first_at(events, end)]
+        if event.received_at <= seen_until
+        and not state.cancelled.get(event.number, seen_until + 1) <= seen_until
+    ]
     if grouping is None:
         buckets = [(start, end, within)] if within else []
     else:
@@ -92,5 +98,10 @@ def _check_range(start: int, end: int, grouping: str | None) -> None:
         raise StripeError(400, "start_time must be before end_time.", param="start_time")
 
 
-def _first_at(events: Sequence[Usage], timestamp: int) -> int:
+def _first_at(events: Sequence[MeterEvent], timestamp: int) -> int:
     return bisect_left(events, timestamp, key=lambda event: event.timestamp)
+
+
+def _value(event: MeterEvent) -> Decimal:
+    assert event.value is not None, "an event that was rejected afterwards is in no usage"
+    return event.value

@@ -114,9 +114,19 @@ class Params:
             raise StripeError(400, f"Invalid {name}: must be one of {', '.join(allowed)}", param=name)
         return value
 
+    def is_map(self, key: str) -> bool:
+        """Whether a parameter is there and has keys below it."""
+        return isinstance(self._fields.get(key), dict)
+
     def nested(self, key: str) -> Params:
         """The parameters below a key; none where it is absent."""
         return Params(self._map(key), self.name(key))
+
+    def nested_list(self, key: str) -> list[Params]:
+        """The maps of an array, `key[0][...]`, in the order they were sent; none where it is absent."""
+        items = self._map(key)
+        names = [f"{self.name(key)}[{index}]" for index in items]
+        return [Params(_as_map(item, name), name) for name, item in zip(names, items.values(), strict=True)]
 
     def text_map(self, key: str) -> dict[str, str]:
         """A flat map of strings; empty where it is absent."""
@@ -138,13 +148,16 @@ class Params:
             )
 
     def _map(self, key: str) -> dict[str, Field]:
-        value = self._fields.pop(key, {})
-        if isinstance(value, str):
-            raise StripeError(400, f"{self.name(key)} must be a map.", param=self.name(key))
-        return value
+        return _as_map(self._fields.pop(key, {}), self.name(key))
 
     def _required(self, key: str, value: T | None) -> T:
         if value is None:
             name = self.name(key)
             raise StripeError(400, f"Missing required param: {name}.", code="parameter_missing", param=name)
         return value
+
+
+def _as_map(value: Field, name: str) -> dict[str, Field]:
+    if isinstance(value, str):
+        raise StripeError(400, f"{name} must be a map.", param=name)
+    return value

@@ -15,6 +15,7 @@ __all__ = [
     "EVENT_NAME_LENGTH_MAX",
     "IDEMPOTENCY_KEY_LENGTH_MAX",
     "IDENTIFIER_LENGTH_MAX",
+    "KEY_REMEMBERED_S",
     "check_timestamp",
     "parse_value",
     "still_remembered",
@@ -30,7 +31,8 @@ EVENT_NAME_LENGTH_MAX = 100
 IDEMPOTENCY_KEY_LENGTH_MAX = 255
 """Characters of an Idempotency-Key (docs.stripe.com/api/idempotent_requests)."""
 
-REMEMBERED_S = DAY_S
+IDENTIFIER_REMEMBERED_S = DAY_S
+KEY_REMEMBERED_S = DAY_S
 """How long identifiers and idempotency keys are known: Stripe promises "at least 24 hours" for both, so a
 sender may rely on no second more."""
 PAST_MAX_S = 35 * DAY_S
@@ -44,12 +46,12 @@ VALUE_LENGTH_MAX = 64
 _DECIMAL = re.compile(r"-?[0-9]+(?:\.[0-9]+)?", re.ASCII)
 
 
-def still_remembered(first_seen: int, now: int) -> bool:
+def still_remembered(first_seen: int, now: int, remembered_s: int = IDENTIFIER_REMEMBERED_S) -> bool:
     """Whether an identifier or key first seen at a time is still known.
 
     Clocks are whole seconds, so the 86,400th is included: 24 hours never come out a fraction short.
     """
-    return now - first_seen <= REMEMBERED_S
+    return now - first_seen <= remembered_s
 
 
 def check_timestamp(timestamp: int, now: int) -> None:

@@ -79,6 +79,7 @@ class CreateMeterEvent:
                 "kind": "meter_event_rejected",
                 "object": event,
                 "meter": meter["id"],
+                "customer": customer,
                 "code": "meter_event_customer_not_found",
                 "idempotency_key": call.idempotency_key,
             }
@@ -120,6 +121,6 @@ def _check_unused(state: State, identifier: str, now: int) -> None:
     The scope is documented nowhere; the widest is the strictest. The text, the absent code and the header
     are as observed on real accounts, several times in 2026.
     """
-    received_at = state.identifiers.get(identifier)
-    if received_at is not None and still_remembered(received_at, now):
+    earlier = state.identifiers.get(identifier)
+    if earlier is not None and still_remembered(earlier.received_at, now):
         raise StripeError(400, f"An event already exists with identifier {identifier}.", should_retry=False)

@@ -11,7 +11,15 @@ from meterline.local.sandbox.limits import EVENT_NAME_LENGTH_MAX
 from meterline.local.sandbox.pagination import PageQuery
 from meterline.local.sandbox.state import JsonObject, State
 
-__all__ = ["CreateMeter", "DeactivateMeter", "ReactivateMeter", "find_meter", "list_meters", "retrieve_meter"]
+__all__ = [
+    "CreateMeter",
+    "DeactivateMeter",
+    "ReactivateMeter",
+    "find_meter",
+    "list_meters",
+    "meter_named",
+    "retrieve_meter",
+]
 
 FORMULAS = ("sum", "count", "last")
 PAYLOAD_KEY_LENGTH_MAX = 100
@@ -125,18 +133,23 @@ class ReactivateMeter:
 
 def find_meter(state: State, meter_id: str) -> JsonObject:
     """The meter of an id that stands in the path; raises StripeError 404."""
+    return meter_named(state, meter_id, param="id")
+
+
+def meter_named(state: State, meter_id: str, *, param: str) -> JsonObject:
+    """The meter a parameter names; raises StripeError 400, or 404 where it is the path's `id`."""
     if meter_id not in state.meters:
-        raise StripeError.missing_object("meter", meter_id)
+        raise StripeError.missing_object("meter", meter_id, param=param)
     return state.meters[meter_id]
 
 
-def retrieve_meter(state: State, params: Params, object_id: str) -> JsonObject:
+def retrieve_meter(state: State, params: Params, object_id: str, _now: int) -> JsonObject:
     """`GET /v1/billing/meters/{id}`."""
     params.finish()
     return find_meter(state, object_id)
 
 
-def list_meters(state: State, params: Params, _object_id: str) -> JsonObject:
+def list_meters(state: State, params: Params, _object_id: str, _now: int) -> JsonObject:
     """`GET /v1/billing/meters`, of one `status` if given."""
     query = PageQuery.parse(params)
     status = params.choice("status", ("active", "inactive"))

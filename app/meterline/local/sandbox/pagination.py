@@ -9,7 +9,7 @@ from meterline.local.sandbox.errors import StripeError
 from meterline.local.sandbox.form import Params
 from meterline.local.sandbox.state import JsonObject
 
-__all__ = ["PageQuery"]
+__all__ = ["PageQuery", "TimeFilter"]
 
 LIMIT_DEFAULT = 10
 LIMIT_MAX = 100
@@ -58,6 +58,32 @@ class PageQuery:
             has_more = end - start > self.limit
             end = min(end, start + self.limit)
         return {"object": "list", "url": url, "has_more": has_more, "data": list(objects[start:end])}
+
+
+@dataclass(frozen=True, slots=True)
+class TimeFilter:
+    """A filter on a Unix timestamp: `created=5`, or `created[gt]`, `[gte]`, `[lt]`, `[lte]`."""
+
+    first: int | None
+    last: int | None
+
+    @classmethod
+    def parse(cls, params: Params, key: str) -> TimeFilter:
+        """Take the parameter; raises StripeError 400."""
+        if not params.is_map(key):
+            exactly = params.integer(key)
+            return cls(exactly, exactly)
+        bounds = params.nested(key)
+        above, first = bounds.integer("gt"), bounds.integer("gte")
+        below, last = bounds.integer("lt"), bounds.integer("lte")
+        bounds.finish()
+        firsts = [bound for bound in (first, None if above is None else above + 1) if bound is not None]
+        lasts = [bound for bound in (last, None if below is None else below - 1) if bound is not None]
+        return cls(max(firsts, default=None), min(lasts, default=None))
+
+    def takes(self, moment: int) -> bool:
+        """Whether a timestamp is inside."""
+        return (self.first is None or self.first <= moment) and (self.last is None or moment <= self.last)
 
 
 def _position(objects: Sequence[JsonObject], object_id: str, param: str) -> int:

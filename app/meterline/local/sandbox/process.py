@@ -32,15 +32,23 @@ class SandboxProcess:
         self.url = url
 
     @classmethod
-    def start(cls, state_dir: Path, *, port: int = 0) -> SandboxProcess:
+    def start(
+        cls, state_dir: Path, *, port: int = 0, clock: str | None = None, grace_h: float | None = None
+    ) -> SandboxProcess:
         """Start one and wait until it answers; port 0 takes any free port.
+
+        Args:
+            clock: where a new state's time begins and stands; None: the real time.
+            grace_h: hours an invoice stays a draft; None: as it was.
 
         Raises:
             UserError: it ended at once; its own message is on standard error.
         """
-        command = [sys.executable, "-m", "meterline.local.sandbox"]
+        options = ["--port", str(port), "--state-dir", str(state_dir)]
+        options += [] if clock is None else ["--clock", clock]
+        options += [] if grace_h is None else ["--grace", str(grace_h)]
         process = subprocess.Popen(  # noqa: S603 - our own module, no shell
-            [*command, "--port", str(port), "--state-dir", str(state_dir)],
+            [sys.executable, "-m", "meterline.local.sandbox", *options],
             stdout=subprocess.PIPE,
             text=True,
         )

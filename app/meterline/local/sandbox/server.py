@@ -8,8 +8,6 @@ A write passes these, in Stripe's order; only what comes after the locks is stor
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
 import os
@@ -22,14 +20,23 @@ from typing import Any, TypeAlias
 
 from aiohttp import web
 
-from meterline.local.sandbox import customers, event_summaries, meter_events, meters
+from meterline.local.sandbox import (
+    customers,
+    event_summaries,
+    invoices,
+    meter_events,
+    meters,
+    prices,
+    subscriptions,
+)
+from meterline.local.sandbox.api_key import check_api_key
+from meterline.local.sandbox.books import Books
 from meterline.local.sandbox.command import Call, Command
+from meterline.local.sandbox.control import Control
 from meterline.local.sandbox.errors import StripeError
 from meterline.local.sandbox.form import Field, Params, decode_form
-from meterline.local.sandbox.journal import Journal
-from meterline.local.sandbox.limits import IDEMPOTENCY_KEY_LENGTH_MAX, still_remembered
+from meterline.local.sandbox.limits import IDEMPOTENCY_KEY_LENGTH_MAX, KEY_REMEMBERED_S, still_remembered
 from meterline.local.sandbox.state import Change, JsonObject, State, StoredAnswer
-from meterline.settings import SANDBOX_API_KEY
 
 __all__ = ["API_VERSION", "Server"]
 
@@ -46,27 +53,37 @@ WRITES: Mapping[str, Callable[[Params, str], Command]] = {
     "/v1/billing/meters/{id}/deactivate": meters.DeactivateMeter.parse,
     "/v1/billing/meters/{id}/reactivate": meters.ReactivateMeter.parse,
     "/v1/billing/meter_events": meter_events.CreateMeterEvent.parse,
+    "/v1/products": prices.CreateProduct.parse,
+    "/v1/prices": prices.CreatePrice.parse,
+    "/v1/subscriptions": subscriptions.CreateSubscription.parse,
+    "/v1/subscriptions/{id}": subscriptions.UpdateSubscription.parse,
+    "/v1/invoices/{id}/finalize": invoices.FinalizeInvoice.parse,
 }
-READS: Mapping[str, Callable[[State, Params, str], JsonObject]] = {
+READS: Mapping[str, Callable[[State, Params, str, int], JsonObject]] = {
     "/v1/customers": customers.list_customers,
     "/v1/customers/{id}": customers.retrieve_customer,
     "/v1/billing/meters": meters.list_meters,
     "/v1/billing/meters/{id}": meters.retrieve_meter,
     "/v1/billing/meters/{id}/event_summaries": event_summaries.list_event_summaries,
+    "/v1/products": prices.list_products,
+    "/v1/products/{id}": prices.retrieve_product,
+    "/v1/prices": prices.list_prices,
+    "/v1/prices/{id}": prices.retrieve_price,
+    "/v1/subscriptions": subscriptions.list_subscriptions,
+    "/v1/subscriptions/{id}": subscriptions.retrieve_subscription,
+    "/v1/subscription_items": subscriptions.list_subscription_items,
+    "/v1/invoices": invoices.list_invoices,
+    "/v1/invoices/{id}": invoices.retrieve_invoice,
+    "/v1/invoices/{id}/lines": invoices.list_invoice_lines,
 }
 
 
 class Server:
-    """The sandbox's web application over a replayed state and its journal.
+    """The sandbox's web application over its books."""
 
-    Args:
-        clock: Unix seconds now.
-    """
-
-    def __init__(self, state: State, journal: Journal, clock: Callable[[], float]) -> None:
-        self._state = state
-        self._journal = journal
-        self._clock = clock
+    def __init__(self, books: Books) -> None:
+        self._books = books
+        self._state = books.state
         self._keys_in_use: set[str] = set()
         self._locks: set[str] = set()
 
@@ -74,6 +91,7 @@ class Server:
         """Every route; what is not listed is answered with Stripe's 404."""
         app = web.Application(middlewares=[self._speak_stripe], client_max_size=BODY_BYTES_MAX)
         app.router.add_get("/healthz", _healthz)
+        app.router.add_routes(Control(self._books).routes())
         for path, read in READS.items():
             app.router.add_get(path, self._reader(read), allow_head=False)
         for path, parse in WRITES.items():
@@ -86,7 +104,7 @@ class Server:
         response: web.StreamResponse
         try:
             if request.path != "/healthz":
-                _check_api_key(request.headers.get("Authorization", ""))
+                check_api_key(request.headers.get("Authorization", ""))
             response = await handler(request)
         except StripeError as error:
             response = _answer(error.status, error.body(), should_retry=error.should_retry)
@@ -97,21 +115,22 @@ class Server:
                 f"Unrecognized request URL ({request.method}: {request.path}). The sandbox doesn't serve it."
             )
             response = _error(StripeError(404, text))
-        response.headers["Date"] = formatdate(self._clock(), usegmt=True)
+        response.headers["Date"] = formatdate(int(self._books.clock()), usegmt=True)
         response.headers["Request-Id"] = f"req_{secrets.token_hex(8)}"
         response.headers["Stripe-Version"] = request.headers.get("Stripe-Version", API_VERSION)
         if key := request.headers.get("Idempotency-Key"):
             response.headers["Idempotency-Key"] = key
         return response
 
-    def _reader(self, read: Callable[[State, Params, str], JsonObject]) -> Handler:
+    def _reader(self, read: Callable[[State, Params, str, int], JsonObject]) -> Handler:
         async def handle(request: web.Request) -> web.Response:
             params = Params(decode_form(request.rel_url.raw_query_string))
+            now = self._books.now()
             try:
-                return _answer(200, read(self._state, params, request.match_info.get("id", "")))
+                return _answer(200, read(self._state, params, request.match_info.get("id", ""), now))
             finally:
                 # What was read may not be on disk yet; nobody may hear of it before it is.
-                await self._journal.flushed()
+                await self._books.flushed()
 
         return handle
 
@@ -124,8 +143,7 @@ class Server:
             key = request.headers.get("Idempotency-Key", "")
             if len(key) > IDEMPOTENCY_KEY_LENGTH_MAX:
                 raise StripeError(400, f"Idempotency-Key: at most {IDEMPOTENCY_KEY_LENGTH_MAX} characters.")
-            now = int(self._clock())
-            self._state.forget(now)
+            now = self._books.now()
             fingerprint = _fingerprint(request.path, fields)
             if key in self._keys_in_use:
                 raise _key_in_use(key)
@@ -134,12 +152,9 @@ class Server:
             with self._holding(key, command.lock(self._state)):
                 call = Call(now=now, token=secrets.token_hex(12), idempotency_key=key)
                 answer, changes = self._execute(command, call, fingerprint)
-                if changes:
-                    record = {"at": now, "changes": changes}
-                    self._journal.append(record)
-                    self._state.take(record)
+                self._books.commit(now, changes)
                 # Refusals wait too: "already exists" is only true once the first event is on disk.
-                await self._journal.flushed()
+                await self._books.flushed()
             return _answer(answer.status, answer.body, should_retry=answer.should_retry)
 
         return handle
@@ -174,7 +189,7 @@ class Server:
     def _stored_answer(self, key: str, fingerprint: str, now: int) -> StoredAnswer | None:
         """The key's first result; it is on disk, because the key was in use until then."""
         stored = self._state.answers.get(key)
-        if stored is None or not still_remembered(stored.stored_at, now):
+        if stored is None or not still_remembered(stored.stored_at, now, KEY_REMEMBERED_S):
             return None
         if stored.fingerprint != fingerprint:
             raise StripeError(
@@ -224,35 +239,6 @@ async def _form_body(request: web.Request) -> str:
         return data.decode("ascii")
     except UnicodeDecodeError:
         raise StripeError(400, "Percent-encode everything that isn't ASCII.") from None
-
-
-def _check_api_key(authorization: str) -> None:
-    """Accept the sandbox's one key, as `Bearer key` or as the user name of Basic.
-
-    Raises:
-        StripeError: 401, in Stripe's form; before any parameter is looked at.
-    """
-    scheme, _, credentials = authorization.partition(" ")
-    key = credentials.strip()
-    if scheme.lower() == "basic":
-        try:
-            key = base64.b64decode(key, validate=True).decode("ascii").partition(":")[0]
-        except (binascii.Error, UnicodeDecodeError):
-            key = ""
-    if scheme.lower() not in ("bearer", "basic") or not key:
-        raise StripeError(
-            401, "You did not provide an API key. Send it as `Authorization: Bearer YOUR_SECRET_KEY`."
-        )
-    if "_live_" in key:
-        raise StripeError(
-            401,
-            "This is a live key and this is the local sandbox, which refuses live keys. Real Stripe was not "
-            "called. Take the key out of this configuration.",
-        )
-    if not secrets.compare_digest(key.encode(), SANDBOX_API_KEY.encode()):
-        raise StripeError(
-            401, f"Invalid API Key provided: {key[:8]}****. The sandbox accepts {SANDBOX_API_KEY}."
-        )
 
 
 def _fingerprint(path: str, fields: dict[str, Field]) -> str:

@@ -7,26 +7,45 @@ Changes are JSON objects told apart by `kind`; nothing in here reads a clock.
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, TypeAlias
 
 from meterline.errors import UserError
-from meterline.local.sandbox.limits import still_remembered
+from meterline.local.sandbox.limits import KEY_REMEMBERED_S, still_remembered
+from meterline.local.sandbox.rules import Rules
 
-__all__ = ["Change", "JsonObject", "State", "StoredAnswer", "Usage"]
+__all__ = ["Change", "ClockSetting", "JsonObject", "MeterEvent", "State", "StoredAnswer"]
 
 JsonObject: TypeAlias = dict[str, Any]
 Change: TypeAlias = JsonObject
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
-    """One counted meter event. `received` numbers events in the order Stripe got them."""
+class ClockSetting:
+    """How the sandbox's time follows from the real one: ahead by `offset_s`, or standing at a moment."""
 
+    offset_s: float = 0.0
+    stands_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MeterEvent:
+    """One meter event that was answered with 200.
+
+    Attributes:
+        number: numbers events in the order Stripe received them.
+        received_at: Unix seconds.
+        value: None for one that was rejected afterwards; it counts nowhere.
+    """
+
+    number: int
+    meter: str
+    customer: str
     timestamp: int
-    received: int
-    value: Decimal
+    received_at: int
+    value: Decimal | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +65,33 @@ class State:
 
     customers: dict[str, JsonObject] = field(default_factory=dict)
     meters: dict[str, JsonObject] = field(default_factory=dict)
+    products: dict[str, JsonObject] = field(default_factory=dict)
+    prices: dict[str, JsonObject] = field(default_factory=dict)
+    subscriptions: dict[str, JsonObject] = field(default_factory=dict)
+    invoices: dict[str, JsonObject] = field(default_factory=dict)
+    """A draft's lines hold no quantities: those are counted whenever somebody looks."""
+    invoices_of: dict[str, list[str]] = field(default_factory=dict)
+    """Customer id -> ids of its invoices."""
     active_meters: dict[str, str] = field(default_factory=dict)
     """Event name -> id of the one active meter that takes its events."""
-    usage: dict[tuple[str, str], list[Usage]] = field(default_factory=dict)
-    """(meter id, customer id) -> its events by timestamp, those of one second as received."""
-    identifiers: dict[str, int] = field(default_factory=dict)
-    """Identifier of a meter event -> when it was received, oldest first."""
+    usage: dict[tuple[str, str], list[MeterEvent]] = field(default_factory=dict)
+    """(meter id, customer id) -> its events by timestamp, those of one second as received. For summaries."""
+    receipts: dict[tuple[str, str], list[MeterEvent]] = field(default_factory=dict)
+    """(meter id, customer id) -> its events as received. For invoices."""
+    price_changes: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    """Subscription item -> when its price changed, and the price it had before; oldest first."""
+    cancelled: dict[int, int] = field(default_factory=dict)
+    """Number of a meter event -> when it was cancelled."""
+    identifiers: dict[str, MeterEvent] = field(default_factory=dict)
+    """Identifier -> its meter event of the past 24 hours, oldest first."""
     answers: dict[str, StoredAnswer] = field(default_factory=dict)
     """Idempotency key -> its first result, oldest first."""
     async_rejections: list[Change] = field(default_factory=list)
     """Events answered with 200 and dropped afterwards; Stripe reports them by a later notification."""
+    clock: ClockSetting = field(default_factory=ClockSetting)
+    clock_was_set: bool = False
+    """A clock that was set once is kept when the sandbox is started with another."""
+    rules: Rules = field(default_factory=Rules)
     received: int = 0
 
     def _apply(self, change: Change) -> None:
@@ -65,14 +101,10 @@ class State:
             UserError: a kind this version doesn't know.
         """
         match change["kind"]:
-            case "customer":
-                self.customers[change["object"]["id"]] = change["object"]
-            case "meter":
-                self._apply_meter(change["object"])
             case "meter_event":
                 self._apply_meter_event(change)
             case "meter_event_rejected":
-                self._remember(change["object"])
+                self._remember(change, None)
                 self.async_rejections.append(change)
             case "answer":
                 self.answers[change["key"]] = StoredAnswer(
@@ -82,13 +114,26 @@ class State:
                     should_retry=change["should_retry"],
                     stored_at=change["at"],
                 )
+            case "customer" | "product" | "price" | "subscription" as noun:
+                self._objects(noun)[change["object"]["id"]] = change["object"]
+            case "invoice":
+                self._apply_invoice(change["object"])
+            case "meter":
+                self._apply_meter(change["object"])
+            case "price_change":
+                self.price_changes.setdefault(change["item"], []).append((change["at"], change["before"]))
+            case "clock":
+                self.clock_was_set = True
+                self.clock = ClockSetting(change["offset_s"], change["stands_at"])
+            case "rules":
+                self.rules = Rules.from_json(change["rules"])
             case unknown:
                 raise UserError(
                     f"The sandbox's state holds a change of kind {unknown!r} that this version of Meterline "
                     "doesn't know. Use the version that wrote it, or another --state-dir."
                 )
 
-    def take(self, record: JsonObject) -> None:
+    def take(self, record: Mapping[str, Any]) -> None:
         """Take in one record of the journal: the changes of one write, which belong together."""
         for change in record["changes"]:
             self._apply(change)
@@ -96,15 +141,23 @@ class State:
     def forget(self, now: int) -> None:
         """Drop identifiers and keys that Stripe no longer promises to know."""
         while self.identifiers:
-            identifier, received_at = next(iter(self.identifiers.items()))
-            if still_remembered(received_at, now):
+            identifier, event = next(iter(self.identifiers.items()))
+            if still_remembered(event.received_at, now):
                 break
             del self.identifiers[identifier]
         while self.answers:
             key, answer = next(iter(self.answers.items()))
-            if still_remembered(answer.stored_at, now):
+            if still_remembered(answer.stored_at, now, KEY_REMEMBERED_S):
                 break
             del self.answers[key]
+
+    def _objects(self, noun: str) -> dict[str, JsonObject]:
+        return {
+            "customer": self.customers,
+            "product": self.products,
+            "price": self.prices,
+            "subscription": self.subscriptions,
+        }[noun]
 
     def _apply_meter(self, meter: JsonObject) -> None:
         self.meters[meter["id"]] = meter
@@ -113,17 +166,29 @@ class State:
         elif self.active_meters.get(meter["event_name"]) == meter["id"]:
             del self.active_meters[meter["event_name"]]
 
-    def _apply_meter_event(self, change: Change) -> None:
-        self._remember(change["object"])
-        usage = Usage(change["object"]["timestamp"], self.received, Decimal(change["value"]))
-        insort(
-            self.usage.setdefault((change["meter"], change["customer"]), []),
-            usage,
-            key=lambda event: (event.timestamp, event.received),
-        )
+    def _apply_invoice(self, invoice: JsonObject) -> None:
+        if invoice["id"] not in self.invoices:
+            self.invoices_of.setdefault(invoice["customer"], []).append(invoice["id"])
+        self.invoices[invoice["id"]] = invoice
 
-    def _remember(self, event: JsonObject) -> None:
+    def _apply_meter_event(self, change: Change) -> None:
+        event = self._remember(change, Decimal(change["value"]))
+        place = (event.meter, event.customer)
+        self.receipts.setdefault(place, []).append(event)
+        insort(self.usage.setdefault(place, []), event, key=lambda other: (other.timestamp, other.number))
+
+    def _remember(self, change: Change, value: Decimal | None) -> MeterEvent:
+        sent = change["object"]
         self.received += 1
+        event = MeterEvent(
+            number=self.received,
+            meter=change["meter"],
+            customer=change.get("customer", ""),
+            timestamp=sent["timestamp"],
+            received_at=sent["created"],
+            value=value,
+        )
         # An identifier that is used again after 24 hours starts anew, at the young end.
-        self.identifiers.pop(event["identifier"], None)
-        self.identifiers[event["identifier"]] = event["created"]
+        self.identifiers.pop(sent["identifier"], None)
+        self.identifiers[sent["identifier"]] = event
+        return event
