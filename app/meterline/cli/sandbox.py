@@ -15,7 +15,7 @@ __all__ = ["sandbox"]
 
 
 def sandbox(
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free port, printed.")] = Ports.stripe,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any free port, printed.")] = Ports().stripe,
     state_dir: Annotated[
         Path | None,
         typer.Option(

@@ -11,9 +11,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from meterline.local.sandbox.errors import StripeError
+from meterline.local.sandbox.moments import parse_moment, rfc3339, seconds
 from meterline.local.sandbox.state import Change, JsonObject, State
 
-__all__ = ["Clock", "parse_moment", "rfc3339"]
+__all__ = ["Clock"]
 
 YEAR_MAX = 9_000
 """Dates end with the year 9999; periods and retries reach into the future of a clock."""
@@ -53,7 +54,7 @@ class Clock:
                 400, 'Send {"set": time} or {"advance_s": seconds}, and "stands": true or false.'
             )
         now = self()
-        target = parse_moment(wish["set"]) if "set" in wish else now + _seconds(wish.get("advance_s", 0))
+        target = parse_moment(wish["set"]) if "set" in wish else now + seconds(wish.get("advance_s", 0))
         stands = wish.get("stands", self._state.clock.stands_at is not None)
         if not isinstance(stands, bool):
             raise StripeError(400, "stands is true or false.", param="stands")
@@ -67,25 +68,3 @@ class Clock:
         """The change that makes it be `moment` now."""
         offset_s = 0.0 if stands else moment - self._real()
         return {"kind": "clock", "offset_s": offset_s, "stands_at": moment if stands else None}
-
-
-def parse_moment(value: Any) -> float:
-    """Unix seconds, from a number or from ISO 8601 (UTC where it names no zone); raises StripeError 400."""
-    try:
-        if isinstance(value, str) and not value.isdecimal():
-            moment = datetime.fromisoformat(value)
-            return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-        return _seconds(int(value) if isinstance(value, str) else value)
-    except (ValueError, OverflowError):
-        raise StripeError(400, f"Not a time: {value!r}. Send Unix seconds or ISO 8601.") from None
-
-
-def rfc3339(moment: int) -> str:
-    """A moment as API v2 writes it."""
-    return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
-
-
-def _seconds(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
-        raise StripeError(400, f"Not a number of seconds: {value!r}.")
-    return float(value)

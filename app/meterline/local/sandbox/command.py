@@ -18,11 +18,13 @@ class Call:
         now: Unix seconds.
         token: random, unlike any other call's; ids are made of it.
         idempotency_key: "" where the request has none.
+        reject_as: a code a meter event shall be rejected with after its 200; "": none.
     """
 
     now: int
     token: str
     idempotency_key: str
+    reject_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What Stripe doesn't have: the sandbox's clock and rules, under `/_sandbox`, in JSON."""
+"""What Stripe doesn't have: the sandbox's clock, rules and faults, under `/_sandbox`, in JSON."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from aiohttp import web
 
 from meterline.local.sandbox.books import Books
 from meterline.local.sandbox.errors import StripeError
+from meterline.local.sandbox.faults import Fault, Faults
 from meterline.local.sandbox.state import JsonObject
 
 __all__ = ["Control"]
@@ -20,8 +21,9 @@ Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Control:
     """The routes of one sandbox's controls."""
 
-    def __init__(self, books: Books) -> None:
+    def __init__(self, books: Books, faults: Faults) -> None:
         self._books = books
+        self._faults = faults
 
     def routes(self) -> list[web.RouteDef]:
         """All of them."""
@@ -30,6 +32,9 @@ class Control:
             web.post("/_sandbox/clock", self._answering(self._move_clock)),
             web.get("/_sandbox/rules", self._answering(lambda _: self._books.state.rules.to_json())),
             web.post("/_sandbox/rules", self._answering(self._change_rules)),
+            web.get("/_sandbox/faults", self._answering(lambda _: self._faults.face())),
+            web.post("/_sandbox/faults", self._answering(self._add_fault)),
+            web.delete("/_sandbox/faults", self._answering(self._clear_faults)),
         ]
 
     def _move_clock(self, wish: JsonObject) -> JsonObject:
@@ -43,6 +48,17 @@ class Control:
         rules = self._books.state.rules.changed(values)
         self._books.commit(self._books.now(), [{"kind": "rules", "rules": rules.to_json()}])
         return rules.to_json()
+
+    def _add_fault(self, wish: JsonObject) -> JsonObject:
+        fault = Fault.parse(wish, self._books.now())
+        self._faults.add(fault)
+        return fault.face()
+
+    def _clear_faults(self, _: JsonObject) -> JsonObject:
+        """Answers how often each was applied, a last time."""
+        counts = self._faults.face()
+        self._faults.clear()
+        return counts
 
     def _answering(self, act: Callable[[JsonObject], JsonObject]) -> Handler:
         async def handle(request: web.Request) -> web.Response:

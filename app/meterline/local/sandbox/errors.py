@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 __all__ = ["StripeError"]
@@ -16,6 +18,8 @@ class StripeError(Exception):
         code, param: None leaves the key out, as Stripe does.
         should_retry: the `Stripe-Should-Retry` header, which outranks the status in Stripe's SDKs; None: no
             header.
+        report_code: what Stripe's reports call it where the same is found after a 200.
+        headers: further ones of the answer.
     """
 
     def __init__(
@@ -27,6 +31,8 @@ class StripeError(Exception):
         code: str | None = None,
         param: str | None = None,
         should_retry: bool | None = None,
+        report_code: str | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -35,6 +41,8 @@ class StripeError(Exception):
         self.code = code
         self.param = param
         self.should_retry = should_retry
+        self.report_code = report_code
+        self.headers = headers
 
     def body(self) -> dict[str, Any]:
         """The JSON answer: `{"error": {"type", "message", "code"?, "param"?}}`."""

@@ -71,6 +71,8 @@ def list_event_summaries(state: State, params: Params, meter_id: str, now: int) 
             (bucket, bucket + length, list(group))
             for bucket, group in groupby(within, key=lambda event: event.timestamp // length * length)
         ]
+    if window := meter["event_time_window"]:
+        buckets = [(first, last, _overwritten(group, GROUPING_S[window])) for first, last, group in buckets]
     formula = meter["default_aggregation"]["formula"]
     summaries = [
         {
@@ -96,6 +98,16 @@ def _check_range(start: int, end: int, grouping: str | None) -> None:
             )
     if start >= end:
         raise StripeError(400, "start_time must be before end_time.", param="start_time")
+
+
+def _overwritten(events: Sequence[MeterEvent], window_s: int) -> list[MeterEvent]:
+    """A pre-aggregated meter's events without those that a later receipt in their window replaced."""
+    kept: dict[int, MeterEvent] = {}
+    for event in events:
+        window = event.timestamp // window_s
+        if window not in kept or kept[window].number < event.number:
+            kept[window] = event
+    return list(kept.values())
 
 
 def _first_at(events: Sequence[MeterEvent], timestamp: int) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
 
 from meterline.local.sandbox.errors import StripeError
 
-__all__ = ["FIELDS_MAX", "Field", "Params", "decode_form"]
+__all__ = ["FIELDS_MAX", "Field", "Params", "decode_form", "decode_json"]
 
 FIELDS_MAX = 200
 """Fields of one request: metadata's 50 keys and everything else fit several times over."""
@@ -50,6 +51,35 @@ def decode_form(text: str) -> dict[str, Field]:
             raise StripeError(400, f"{key} is given more than once.", param=key)
         level[path[-1]] = value
     return fields
+
+
+def decode_json(data: bytes) -> dict[str, Field]:
+    """Decode API v2's bodies into the same fields: arrays as maps of their indexes, true as "true".
+
+    Raises:
+        StripeError: 400 for what is no JSON object, or has too many fields.
+    """
+    try:
+        body = json.loads(data or b"{}")
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise StripeError(400, "Send one JSON object.")
+    left = FIELDS_MAX
+
+    def field_of(value: Any, depth: int) -> Field:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > DEPTH_MAX:
+            raise StripeError(400, "The parameters cannot be decoded: too many fields")
+        if isinstance(value, list):
+            value = {str(index): item for index, item in enumerate(value)}
+        if isinstance(value, dict):
+            items = value.items()
+            return {name: field_of(item, depth + 1) for name, item in items if item is not None}
+        return value if isinstance(value, str) else json.dumps(value)
+
+    return {name: field_of(value, 1) for name, value in body.items() if value is not None}
 
 
 class Params:
@@ -113,6 +143,13 @@ class Params:
             name = self.name(key)
             raise StripeError(400, f"Invalid {name}: must be one of {', '.join(allowed)}", param=name)
         return value
+
+    def text_list(self, key: str) -> list[str]:
+        """The strings of an array, sent as `key[0]`, or of `key` alone; empty where it is absent."""
+        if self.is_map(key):
+            return list(self.text_map(key).values())
+        value = self.text(key)
+        return [] if value is None else [value]
 
     def is_map(self, key: str) -> bool:
         """Whether a parameter is there and has keys below it."""

@@ -16,8 +16,10 @@ __all__ = [
     "IDEMPOTENCY_KEY_LENGTH_MAX",
     "IDENTIFIER_LENGTH_MAX",
     "KEY_REMEMBERED_S",
+    "V2_KEY_REMEMBERED_S",
     "check_timestamp",
     "parse_value",
+    "still_cancellable",
     "still_remembered",
 ]
 
@@ -33,8 +35,10 @@ IDEMPOTENCY_KEY_LENGTH_MAX = 255
 
 IDENTIFIER_REMEMBERED_S = DAY_S
 KEY_REMEMBERED_S = DAY_S
-"""How long identifiers and idempotency keys are known: Stripe promises "at least 24 hours" for both, so a
-sender may rely on no second more."""
+V2_KEY_REMEMBERED_S = 30 * DAY_S
+"""How long identifiers and idempotency keys are known. Stripe promises "at least 24 hours" for both, and 30
+days for keys of API v2; a sender may rely on no second more."""
+CANCELLABLE_S = DAY_S
 PAST_MAX_S = 35 * DAY_S
 FUTURE_MAX_S = 5 * MINUTE_S
 """A meter event's timestamp: within the past 35 days and at most 5 minutes ahead (API reference)."""
@@ -54,6 +58,11 @@ def still_remembered(first_seen: int, now: int, remembered_s: int = IDENTIFIER_R
     return now - first_seen <= remembered_s
 
 
+def still_cancellable(received_at: int, now: int) -> bool:
+    """Whether an event may be cancelled: within 24 hours of its receipt (API reference, adjustments)."""
+    return now - received_at <= CANCELLABLE_S
+
+
 def check_timestamp(timestamp: int, now: int) -> None:
     """Refuse a meter event that is too old or too far ahead; both edges are inside.
 
@@ -67,6 +76,7 @@ def check_timestamp(timestamp: int, now: int) -> None:
             "The event timestamp cannot be more than 35 days in past. "
             f"Expected a timestamp greater than or equal to {oldest}.",
             param="timestamp",
+            report_code="timestamp_too_far_in_past",
         )
     if timestamp > now + FUTURE_MAX_S:
         raise StripeError(
@@ -74,6 +84,7 @@ def check_timestamp(timestamp: int, now: int) -> None:
             "The event timestamp cannot be more than 5 minutes in the future. "
             f"Expected a timestamp less than or equal to {now + FUTURE_MAX_S}.",
             param="timestamp",
+            report_code="timestamp_in_future",
         )
 
 
@@ -88,7 +99,12 @@ def parse_value(text: str) -> Decimal:
         StripeError: 400.
     """
     if len(text) > VALUE_LENGTH_MAX or not _DECIMAL.fullmatch(text):
-        raise StripeError(400, f"Invalid meter event value: {text[:VALUE_LENGTH_MAX]}", param="payload")
+        raise StripeError(
+            400,
+            f"Invalid meter event value: {text[:VALUE_LENGTH_MAX]}",
+            param="payload",
+            report_code="meter_event_invalid_value",
+        )
     digits = text.removeprefix("-").replace(".", "").lstrip("0")
     if len(digits) > SIGNIFICANT_DIGITS_MAX:
         raise StripeError(
@@ -96,5 +112,6 @@ def parse_value(text: str) -> Decimal:
             f"The meter event value has {len(digits)} significant digits; at most "
             f"{SIGNIFICANT_DIGITS_MAX} are allowed.",
             param="payload",
+            report_code="meter_event_value_too_many_digits",
         )
     return Decimal(text)

@@ -1,7 +1,7 @@
-"""Meter events: what Stripe refuses at once, what it takes and drops later, and what counts.
+"""Meter events: what Stripe refuses at once, what it takes and rejects later, and what counts.
 
-A 200 means received. As with Stripe, an event of an unknown customer is answered with 200, holds its
-identifier, counts nowhere, and is reported later (`State.async_rejections`).
+A 200 means received. An event with a fault that the rules call asynchronous (the unknown customer, unless
+told otherwise) is answered with 200, holds its identifier, counts nowhere, and is reported later.
 """
 
 from __future__ import annotations
@@ -58,13 +58,7 @@ class CreateMeterEvent:
 
     def execute(self, state: State, call: Call) -> Outcome:
         """Refused for its meter, payload, timestamp or identifier; otherwise received."""
-        meter = self._active_meter(state)
-        customer = self._payload(meter["customer_mapping"]["event_payload_key"])
-        value = self._value(meter)
-        timestamp = call.now if self.timestamp is None else self.timestamp
-        check_timestamp(timestamp, call.now)
         identifier = self.identifier or call.token
-        _check_unused(state, identifier, call.now)
         event: JsonObject = {
             "object": "billing.meter_event",
             "created": call.now,
@@ -72,39 +66,71 @@ class CreateMeterEvent:
             "identifier": identifier,
             "livemode": False,
             "payload": self.payload,
-            "timestamp": timestamp,
+            "timestamp": call.now if self.timestamp is None else self.timestamp,
         }
-        if customer not in state.customers:
-            rejection = {
+        try:
+            change = self._counted(state, event, call)
+        except StripeError as fault:
+            if fault.report_code is None or fault.report_code not in {
+                *state.rules.async_codes,
+                call.reject_as,
+            }:
+                raise
+            _check_unused(state, identifier, call.now)
+            change = {
                 "kind": "meter_event_rejected",
                 "object": event,
-                "meter": meter["id"],
-                "customer": customer,
-                "code": "meter_event_customer_not_found",
+                "meter": self._related_meter(state),
+                "customer": "",
+                "code": fault.report_code,
+                "message": fault.message,
                 "idempotency_key": call.idempotency_key,
             }
-            return Outcome(event, (rejection,))
-        counted = {
+        return Outcome(event, (change,))
+
+    def _counted(self, state: State, event: JsonObject, call: Call) -> JsonObject:
+        """The change of an event without fault; raises StripeError for any other."""
+        meter = self._active_meter(state)
+        customer = self._payload(meter["customer_mapping"]["event_payload_key"], "no_customer_defined")
+        value = self._value(meter)
+        check_timestamp(event["timestamp"], call.now)
+        _check_unused(state, event["identifier"], call.now)
+        _check_customer(state, customer)
+        if call.reject_as:
+            raise StripeError(400, f"Rejected as {call.reject_as}.", report_code=call.reject_as)
+        return {
             "kind": "meter_event",
             "object": event,
             "meter": meter["id"],
             "customer": customer,
             "value": str(value),
         }
-        return Outcome(event, (counted,))
+
+    def _related_meter(self, state: State) -> str:
+        """The meter a report is about, also an archived one; "" where there never was one."""
+        named = (one["id"] for one in state.meters.values() if one["event_name"] == self.event_name)
+        return state.active_meters.get(self.event_name) or next(named, "")
 
     def _active_meter(self, state: State) -> JsonObject:
         meter_id = state.active_meters.get(self.event_name)
         if meter_id is None:
             raise StripeError(
-                400, f'No active meter found for event name "{self.event_name}"', param="event_name"
+                400,
+                f'No active meter found for event name "{self.event_name}"',
+                param="event_name",
+                report_code="archived_meter" if self._related_meter(state) else "no_meter",
             )
         return state.meters[meter_id]
 
-    def _payload(self, key: str) -> str:
+    def _payload(self, key: str, absent: str) -> str:
         value = self.payload.get(key)
         if not value:
-            raise StripeError(400, f"The meter event's payload must have the key {key}.", param="payload")
+            raise StripeError(
+                400,
+                f"The meter event's payload must have the key {key}.",
+                param="payload",
+                report_code=f"meter_event_{absent}",
+            )
         return value
 
     def _value(self, meter: JsonObject) -> Decimal:
@@ -112,7 +138,17 @@ class CreateMeterEvent:
         key = meter["value_settings"]["event_payload_key"]
         if meter["default_aggregation"]["formula"] == "count" and key not in self.payload:
             return Decimal(1)
-        return parse_value(self._payload(key))
+        return parse_value(self._payload(key, "value_not_found"))
+
+
+def _check_customer(state: State, customer: str) -> None:
+    if customer not in state.customers:
+        raise StripeError(
+            400,
+            f"No such customer: '{customer}'",
+            param="payload",
+            report_code="meter_event_customer_not_found",
+        )
 
 
 def _check_unused(state: State, identifier: str, now: int) -> None:

@@ -14,9 +14,9 @@ from aiohttp import web
 
 from meterline.errors import UserError
 from meterline.local.sandbox.books import Books
-from meterline.local.sandbox.clock import parse_moment
 from meterline.local.sandbox.errors import StripeError
 from meterline.local.sandbox.journal import Journal
+from meterline.local.sandbox.moments import parse_moment
 from meterline.local.sandbox.rules import HOUR_S
 from meterline.local.sandbox.server import Server
 from meterline.local.sandbox.state import State

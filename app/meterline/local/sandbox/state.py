@@ -13,10 +13,13 @@ from decimal import Decimal
 from typing import Any, TypeAlias
 
 from meterline.errors import UserError
-from meterline.local.sandbox.limits import KEY_REMEMBERED_S, still_remembered
+from meterline.local.sandbox.limits import KEY_REMEMBERED_S, V2_KEY_REMEMBERED_S, still_remembered
 from meterline.local.sandbox.rules import Rules
 
-__all__ = ["Change", "ClockSetting", "JsonObject", "MeterEvent", "State", "StoredAnswer"]
+__all__ = ["REPORT_WINDOW_S", "Change", "ClockSetting", "JsonObject", "MeterEvent", "State", "StoredAnswer"]
+
+REPORT_WINDOW_S = 10
+"""Rejections of so long go together into one report (the samples in Stripe's reference cover 10 seconds)."""
 
 JsonObject: TypeAlias = dict[str, Any]
 Change: TypeAlias = JsonObject
@@ -85,7 +88,12 @@ class State:
     identifiers: dict[str, MeterEvent] = field(default_factory=dict)
     """Identifier -> its meter event of the past 24 hours, oldest first."""
     answers: dict[str, StoredAnswer] = field(default_factory=dict)
-    """Idempotency key -> its first result, oldest first."""
+    v2_answers: dict[str, StoredAnswer] = field(default_factory=dict)
+    """Idempotency key -> its first result, oldest first; of API v1 and of v2."""
+    events: dict[str, JsonObject] = field(default_factory=dict)
+    """Thin events, with their data."""
+    unreported: dict[tuple[str, int], list[Change]] = field(default_factory=dict)
+    """(meter id, start of ten seconds) -> rejections that no event has told of yet."""
     async_rejections: list[Change] = field(default_factory=list)
     """Events answered with 200 and dropped afterwards; Stripe reports them by a later notification."""
     clock: ClockSetting = field(default_factory=ClockSetting)
@@ -104,29 +112,24 @@ class State:
             case "meter_event":
                 self._apply_meter_event(change)
             case "meter_event_rejected":
-                self._remember(change, None)
-                self.async_rejections.append(change)
+                self._apply_rejection(change)
+            case "cancel":
+                self.cancelled[change["number"]] = change["at"]
             case "answer":
-                self.answers[change["key"]] = StoredAnswer(
-                    fingerprint=change["fingerprint"],
-                    status=change["status"],
-                    body=change["body"],
-                    should_retry=change["should_retry"],
-                    stored_at=change["at"],
-                )
-            case "customer" | "product" | "price" | "subscription" as noun:
-                self._objects(noun)[change["object"]["id"]] = change["object"]
-            case "invoice":
-                self._apply_invoice(change["object"])
+                self._apply_answer(change)
             case "meter":
                 self._apply_meter(change["object"])
+            case "invoice":
+                self._apply_invoice(change["object"])
+            case "customer" | "product" | "price" | "subscription" | "event" as noun:
+                objects: dict[str, JsonObject] = getattr(self, f"{noun}s")
+                objects[change["object"]["id"]] = change["object"]
+            case "reported":
+                del self.unreported[change["meter"], change["window"]]
             case "price_change":
                 self.price_changes.setdefault(change["item"], []).append((change["at"], change["before"]))
-            case "clock":
-                self.clock_was_set = True
-                self.clock = ClockSetting(change["offset_s"], change["stands_at"])
-            case "rules":
-                self.rules = Rules.from_json(change["rules"])
+            case "clock" | "rules":
+                self._apply_setting(change)
             case unknown:
                 raise UserError(
                     f"The sandbox's state holds a change of kind {unknown!r} that this version of Meterline "
@@ -145,19 +148,33 @@ class State:
             if still_remembered(event.received_at, now):
                 break
             del self.identifiers[identifier]
-        while self.answers:
-            key, answer = next(iter(self.answers.items()))
-            if still_remembered(answer.stored_at, now, KEY_REMEMBERED_S):
-                break
-            del self.answers[key]
+        for answers, remembered_s in (
+            (self.answers, KEY_REMEMBERED_S),
+            (self.v2_answers, V2_KEY_REMEMBERED_S),
+        ):
+            while answers:
+                key, answer = next(iter(answers.items()))
+                if still_remembered(answer.stored_at, now, remembered_s):
+                    break
+                del answers[key]
 
-    def _objects(self, noun: str) -> dict[str, JsonObject]:
-        return {
-            "customer": self.customers,
-            "product": self.products,
-            "price": self.prices,
-            "subscription": self.subscriptions,
-        }[noun]
+    def _apply_setting(self, change: Change) -> None:
+        if change["kind"] == "rules":
+            self.rules = Rules.from_json(change["rules"])
+            return
+        self.clock_was_set = True
+        self.clock = ClockSetting(change["offset_s"], change["stands_at"])
+
+    def _apply_answer(self, change: Change) -> None:
+        answers = self.v2_answers if change.get("v2") else self.answers
+        answers.pop(change["key"], None)  # one that is used again starts anew, at the young end
+        answers[change["key"]] = StoredAnswer(
+            fingerprint=change["fingerprint"],
+            status=change["status"],
+            body=change["body"],
+            should_retry=change["should_retry"],
+            stored_at=change["at"],
+        )
 
     def _apply_meter(self, meter: JsonObject) -> None:
         self.meters[meter["id"]] = meter
@@ -176,6 +193,12 @@ class State:
         place = (event.meter, event.customer)
         self.receipts.setdefault(place, []).append(event)
         insort(self.usage.setdefault(place, []), event, key=lambda other: (other.timestamp, other.number))
+
+    def _apply_rejection(self, change: Change) -> None:
+        self._remember(change, None)
+        self.async_rejections.append(change)
+        window = change["object"]["created"] // REPORT_WINDOW_S * REPORT_WINDOW_S
+        self.unreported.setdefault((change["meter"], window), []).append(change)
 
     def _remember(self, change: Change, value: Decimal | None) -> MeterEvent:
         sent = change["object"]
