@@ -16,9 +16,16 @@ from decimal import Decimal
 from meterline.local.sandbox.billed_usage import amount_of, billed_quantity
 from meterline.local.sandbox.command import Call, Outcome
 from meterline.local.sandbox.errors import StripeError
+from meterline.local.sandbox.event_destinations import (
+    INVOICE_CREATED,
+    INVOICE_FINALIZED,
+    snapshot_event,
+    wanted,
+)
 from meterline.local.sandbox.form import Params
 from meterline.local.sandbox.invoice_objects import invoice_object, line_object, lines_list
 from meterline.local.sandbox.pagination import PageQuery, TimeFilter
+from meterline.local.sandbox.rules import HOUR_S, INVOICE_GRACE_MAX_S
 from meterline.local.sandbox.state import JsonObject, State
 
 __all__ = [
@@ -43,6 +50,9 @@ def first_invoice(state: State, subscription: JsonObject, now: int) -> JsonObjec
 def cycle_invoice(state: State, subscription: JsonObject, start: int, end: int) -> JsonObject:
     """The draft of a period that has just ended; it becomes final by itself after the grace period."""
     grace_s = state.rules.invoice_grace_s
+    if grace_s == HOUR_S and wanted(state, INVOICE_CREATED):
+        # Without a finalization time of the account's own it waits for who wants to be told of it.
+        grace_s = INVOICE_GRACE_MAX_S
     return _draft(state, subscription, start, end, "subscription_cycle", finalizes_at=end + grace_s)
 
 
@@ -93,7 +103,8 @@ class FinalizeInvoice:
                 code="invoice_not_editable",
             )
         invoice = final(state, draft, call.now)
-        return Outcome(invoice, ({"kind": "invoice", "object": invoice},))
+        told = snapshot_event(state, INVOICE_FINALIZED, invoice, call.now)
+        return Outcome(invoice, ({"kind": "invoice", "object": invoice}, *told))
 
 
 def retrieve_invoice(state: State, params: Params, object_id: str, _now: int) -> JsonObject:

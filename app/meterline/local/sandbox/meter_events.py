@@ -6,6 +6,7 @@ told otherwise) is answered with 200, holds its identifier, counts nowhere, and 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -58,6 +59,10 @@ class CreateMeterEvent:
 
     def execute(self, state: State, call: Call) -> Outcome:
         """Refused for its meter, payload, timestamp or identifier; otherwise received."""
+        return self.receive(state, call, state.rules.async_codes)
+
+    def receive(self, state: State, call: Call, found_afterwards: Collection[str]) -> Outcome:
+        """Take it in, or raise StripeError 400; faults of some codes are found only afterwards."""
         identifier = self.identifier or call.token
         event: JsonObject = {
             "object": "billing.meter_event",
@@ -71,10 +76,7 @@ class CreateMeterEvent:
         try:
             change = self._counted(state, event, call)
         except StripeError as fault:
-            if fault.report_code is None or fault.report_code not in {
-                *state.rules.async_codes,
-                call.reject_as,
-            }:
+            if fault.report_code is None or fault.report_code not in {*found_afterwards, call.reject_as}:
                 raise
             _check_unused(state, identifier, call.now)
             change = {

@@ -8,12 +8,14 @@ from meterline.local.sandbox import (
     adjustments,
     core_events,
     customers,
+    event_destinations,
     event_summaries,
     invoices,
     meter_events,
     meters,
     prices,
     subscriptions,
+    v2_meter_events,
 )
 from meterline.local.sandbox.command import Command
 from meterline.local.sandbox.form import Params
@@ -39,6 +41,8 @@ WRITES: Mapping[str, Write] = {
     "/v1/subscriptions": subscriptions.CreateSubscription.parse,
     "/v1/subscriptions/{id}": subscriptions.UpdateSubscription.parse,
     "/v1/invoices/{id}/finalize": invoices.FinalizeInvoice.parse,
+    "/v2/billing/meter_events": v2_meter_events.CreateV2MeterEvent.parse,
+    "/v2/core/event_destinations": event_destinations.CreateEventDestination.parse,
 }
 READS: Mapping[str, Read] = {
     "/v1/customers": customers.list_customers,
@@ -46,6 +50,7 @@ READS: Mapping[str, Read] = {
     "/v1/billing/meters": meters.list_meters,
     "/v1/billing/meters/{id}": meters.retrieve_meter,
     "/v1/billing/meters/{id}/event_summaries": event_summaries.list_event_summaries,
+    "/v2/core/event_destinations": event_destinations.list_event_destinations,
     "/v2/core/events": core_events.list_events,
     "/v2/core/events/{id}": core_events.retrieve_event,
     "/v1/products": prices.list_products,

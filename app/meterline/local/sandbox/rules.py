@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from meterline.local.sandbox.errors import StripeError
 
-__all__ = ["Rules"]
+__all__ = ["ASYNC_CODES", "HOUR_S", "INVOICE_GRACE_MAX_S", "Rules"]
 
 HOUR_S = 3_600
 INVOICE_GRACE_MAX_S = 72 * HOUR_S

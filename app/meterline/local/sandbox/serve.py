@@ -14,6 +14,7 @@ from aiohttp import web
 
 from meterline.errors import UserError
 from meterline.local.sandbox.books import Books
+from meterline.local.sandbox.courier import Courier
 from meterline.local.sandbox.errors import StripeError
 from meterline.local.sandbox.journal import Journal
 from meterline.local.sandbox.moments import parse_moment
@@ -64,7 +65,13 @@ async def _serve(host: str, port: int, state_dir: Path, clock: str | None, grace
     await web.SockSite(runner, listener).start()
     sys.stdout.write(f"Stripe sandbox on http://{host}:{listener.getsockname()[1]}\n")
     sys.stdout.flush()
-    await stop.wait()
+    courier = asyncio.create_task(Courier(books).run())
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait({courier, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if courier.done():
+        courier.result()  # it never returns: this raises what ended it
+    courier.cancel()
+    await asyncio.gather(courier, return_exceptions=True)
     await runner.cleanup()
     await journal.close()
 

@@ -16,7 +16,16 @@ from meterline.errors import UserError
 from meterline.local.sandbox.limits import KEY_REMEMBERED_S, V2_KEY_REMEMBERED_S, still_remembered
 from meterline.local.sandbox.rules import Rules
 
-__all__ = ["REPORT_WINDOW_S", "Change", "ClockSetting", "JsonObject", "MeterEvent", "State", "StoredAnswer"]
+__all__ = [
+    "REPORT_WINDOW_S",
+    "Change",
+    "ClockSetting",
+    "Delivery",
+    "JsonObject",
+    "MeterEvent",
+    "State",
+    "StoredAnswer",
+]
 
 REPORT_WINDOW_S = 10
 """Rejections of so long go together into one report (the samples in Stripe's reference cover 10 seconds)."""
@@ -49,6 +58,16 @@ class MeterEvent:
     timestamp: int
     received_at: int
     value: Decimal | None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """An event that a destination has not confirmed yet, and when it is told of it next."""
+
+    event: str
+    destination: str
+    attempts: int
+    next_at: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +111,12 @@ class State:
     """Idempotency key -> its first result, oldest first; of API v1 and of v2."""
     events: dict[str, JsonObject] = field(default_factory=dict)
     """Thin events, with their data."""
+    snapshot_events: dict[str, JsonObject] = field(default_factory=dict)
+    """Events of API v1, with a snapshot of their object."""
+    event_destinations: dict[str, JsonObject] = field(default_factory=dict)
+    """With their signing secrets."""
+    deliveries: dict[tuple[str, str], Delivery] = field(default_factory=dict)
+    """(event id, destination id) -> its next delivery."""
     unreported: dict[tuple[str, int], list[Change]] = field(default_factory=dict)
     """(meter id, start of ten seconds) -> rejections that no event has told of yet."""
     async_rejections: list[Change] = field(default_factory=list)
@@ -121,11 +146,11 @@ class State:
                 self._apply_meter(change["object"])
             case "invoice":
                 self._apply_invoice(change["object"])
-            case "customer" | "product" | "price" | "subscription" | "event" as noun:
+            case "event" | "snapshot_event" | "reported" | "delivery":
+                self._apply_notice(change)
+            case "customer" | "product" | "price" | "subscription" | "event_destination" as noun:
                 objects: dict[str, JsonObject] = getattr(self, f"{noun}s")
                 objects[change["object"]["id"]] = change["object"]
-            case "reported":
-                del self.unreported[change["meter"], change["window"]]
             case "price_change":
                 self.price_changes.setdefault(change["item"], []).append((change["at"], change["before"]))
             case "clock" | "rules":
@@ -157,6 +182,29 @@ class State:
                 if still_remembered(answer.stored_at, now, remembered_s):
                     break
                 del answers[key]
+
+    def _apply_notice(self, change: Change) -> None:
+        if change["kind"] == "reported":
+            del self.unreported[change["meter"], change["window"]]
+        elif change["kind"] == "delivery":
+            self._apply_delivery(change)
+        else:
+            self._apply_event(change["object"], change)
+
+    def _apply_event(self, event: JsonObject, change: Change) -> None:
+        events = self.events if change["kind"] == "event" else self.snapshot_events
+        events[event["id"]] = event
+        for destination_id, destination in self.event_destinations.items():
+            if event["type"] in destination["enabled_events"]:
+                delivery = Delivery(event["id"], destination_id, 0, change["at"])
+                self.deliveries[event["id"], destination_id] = delivery
+
+    def _apply_delivery(self, change: Change) -> None:
+        place = (change["event"], change["destination"])
+        if change["next_at"] is None:
+            self.deliveries.pop(place, None)
+        else:
+            self.deliveries[place] = Delivery(*place, change["attempts"], change["next_at"])
 
     def _apply_setting(self, change: Change) -> None:
         if change["kind"] == "rules":

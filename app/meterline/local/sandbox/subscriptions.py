@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from meterline.local.sandbox.command import Call, Outcome
 from meterline.local.sandbox.errors import StripeError
+from meterline.local.sandbox.event_destinations import INVOICE_CREATED, snapshot_event
 from meterline.local.sandbox.form import Params
 from meterline.local.sandbox.invoices import cycle_invoice, first_invoice
 from meterline.local.sandbox.metadata import take_metadata
@@ -200,6 +201,7 @@ def end_period(state: State, subscription: JsonObject) -> tuple[Change, ...]:
     return (
         {"kind": "invoice", "object": invoice},
         {"kind": "subscription", "object": subscription},
+        *snapshot_event(state, INVOICE_CREATED, invoice, end),
     )
 
 

@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Iterable
 
 from meterline.local.sandbox import invoices, rejections, subscriptions
+from meterline.local.sandbox.event_destinations import INVOICE_FINALIZED, snapshot_event
 from meterline.local.sandbox.state import REPORT_WINDOW_S, Change, JsonObject, State
 
 __all__ = ["Timeline"]
@@ -59,7 +60,9 @@ class Timeline:
             invoice = self._state.invoices[object_id]
             if invoice["automatically_finalizes_at"] != moment:
                 return ()
-            return ({"kind": "invoice", "object": invoices.final(self._state, invoice, moment)},)
+            final = invoices.final(self._state, invoice, moment)
+            told = snapshot_event(self._state, INVOICE_FINALIZED, final, moment)
+            return ({"kind": "invoice", "object": final}, *told)
         subscription = self._state.subscriptions[object_id]
         if _period_end(subscription) != moment:
             return ()

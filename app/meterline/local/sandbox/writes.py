@@ -22,7 +22,7 @@ from meterline.local.sandbox.state import Change, StoredAnswer
 
 __all__ = ["Writes"]
 
-TOO_MANY = 429
+CONFLICT, TOO_MANY = 409, 429
 
 
 class Writes:
@@ -46,7 +46,7 @@ class Writes:
         """
         if stored := self._keys.stored(request, now):
             return stored, True
-        with self._keys.holding(request), self._locked(command.lock(self._books.state)):
+        with self._keys.holding(request), self._locked(command.lock(self._books.state), v2=request.v2):
             reject_as = fault.code if fault is not None and fault.action is Action.REJECT else ""
             call = Call(now, secrets.token_hex(12), request.key, reject_as)
             answer, changes = self._execute(command, call, request.fingerprint, fault)
@@ -78,7 +78,7 @@ class Writes:
         return StoredAnswer(fingerprint, status, body, should_retry, call.now), changes
 
     @contextmanager
-    def _locked(self, lock: str | None) -> Iterator[None]:
+    def _locked(self, lock: str | None, *, v2: bool) -> Iterator[None]:
         """Hold a write's lock until it is on disk.
 
         A lock that is taken is Stripe's 429 `lock_timeout` without a rate-limit header, which its SDKs retry
@@ -89,11 +89,12 @@ class Writes:
             yield
             return
         if lock in self._locks:
-            status = self._books.state.rules.concurrency_status
+            status = CONFLICT if v2 else self._books.state.rules.concurrency_status
+            code = "too_many_concurrent_requests" if v2 else "lock_timeout" if status == TOO_MANY else None
             raise StripeError(
                 status,
                 "Another request holds this object. Send the requests for one object one after the other.",
-                code="lock_timeout" if status == TOO_MANY else None,
+                code=code,
                 should_retry=True,
             )
         self._locks.add(lock)
