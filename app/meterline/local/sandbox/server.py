@@ -10,6 +10,7 @@ import os
 import secrets
 from collections.abc import Awaitable, Callable
 from email.utils import formatdate
+from functools import lru_cache
 from typing import TypeAlias
 
 from aiohttp import web
@@ -78,7 +79,7 @@ class Server:
         if response.prepared:
             return response
         headers = response.headers
-        headers["Date"] = formatdate(int(self._books.clock()), usegmt=True)
+        headers["Date"] = _http_date(int(self._books.clock()))
         headers["Request-Id"] = f"req_{secrets.token_hex(8)}"
         headers["Stripe-Version"] = request.headers.get("Stripe-Version", API_VERSION)
         if key := request.headers.get("Idempotency-Key"):
@@ -142,6 +143,12 @@ async def _read_fault(fault: Fault | None) -> None:
         await asyncio.sleep(fault.delay_s)
     if fault.action in {Action.ERROR_BEFORE, Action.ERROR_AFTER}:
         raise StripeError(500, "An unknown error occurred.", kind="api_error")
+
+
+@lru_cache(maxsize=1)
+def _http_date(now: int) -> str:
+    """One second has thousands of answers."""
+    return formatdate(now, usegmt=True)
 
 
 async def _healthz(_request: web.Request) -> web.Response:
