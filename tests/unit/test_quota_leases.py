@@ -396,8 +396,13 @@ def test_a_statement_carries_one_part_for_each_partition():
         wanted = {f"t/{number}": 2 for number in range(60)}
         await buckets.reserve_many(CLIENT, wanted)
         await buckets.reserve(CLIENT, 2, reservation_id="single")
-        named = {rid: (Part(TOPIC_ID, n % 3, 200 - n, M),) for n, rid in enumerate(wanted)}
-        await buckets.settle_many(CLIENT, named)
+        for partition in range(3):
+            named = {
+                rid: (Part(TOPIC_ID, partition, 200 - n, M),)
+                for n, rid in enumerate(wanted)
+                if n % 3 == partition
+            }
+            await buckets.settle_many(CLIENT, named)
         await buckets.settle("single", [Part(TOPIC_ID, 0, 150, M), Part(TOPIC_ID, 2, 300, 5 * M)])
         await until(lambda: line.settled_micro() == 66 * M)
 
