@@ -68,8 +68,8 @@ class Rules:
             value = getattr(self, name)
             if isinstance(value, int) and value < 0:
                 raise StripeError(400, f"{name} is 0 or more.", param=name)
-        if unknown := set(self.async_codes) - ASYNC_CODES:
-            raise StripeError(400, f"Not codes of error reports: {', '.join(sorted(unknown))}")
+        if unknown := [code for code in self.async_codes if code not in ASYNC_CODES]:
+            raise StripeError(400, f"Not codes of error reports: {unknown}", param="async_codes")
         if self.concurrency_status not in {409, 429}:
             raise StripeError(400, "concurrency_status is 409 or 429.", param="concurrency_status")
 
