@@ -395,15 +395,14 @@ MUTANTS = [
         edits=[
             Edit(
                 OWNER,
-                "        outputs += [self._total_output(total) for total in flush.totals]\n",
+                "        outputs += [total_output(total, tools.totals) for total in flush.totals]\n",
                 "",
             ),
             Edit(
                 OWNER,
-                "            outputs.append(self._progress_output(flush.progress))"
-                "  # behind every total it speaks of\n",
-                "            outputs.append(self._progress_output(flush.progress))\n"
-                "        outputs += [self._total_output(total) for total in flush.totals]\n",
+                "            outputs.append(progress_output(flush.progress, tools.progress))\n",
+                "            outputs.append(progress_output(flush.progress, tools.progress))\n"
+                "        outputs += [total_output(total, tools.totals) for total in flush.totals]\n",
             ),
         ],
         tests=[PROGRESS],
