@@ -308,7 +308,13 @@ def test_a_fault_that_is_none_is_refused(account):
     refused = account.client.post_json("/_sandbox/faults", {"action": "explode"})
 
     assert refused.status == 400
-    assert account.client.post_json("/_sandbox/faults", {"action": "slow", "delay_s": -1}).status == 400
+    for wrong in (
+        {"action": ["slow"]},
+        {"action": "slow", "delay_s": -1},
+        {"action": "reject_async", "code": []},
+    ):
+        assert account.client.post_json("/_sandbox/faults", wrong).status == 400
+    assert account.client.post_json("/_sandbox/rules", {"async_codes": [["no_meter"]]}).status == 400
 
 
 def test_time_does_not_go_back(account):

@@ -91,7 +91,7 @@ class Fault:
         if unknown := wish.keys() - known.keys():
             raise StripeError(400, f"Received unknown parameter: {min(unknown)}")
         action = wish.get("action")
-        if action not in set(Action):
+        if action not in tuple(Action):
             raise StripeError(400, f"action is one of {', '.join(Action)}.", param="action")
         for name, value in wish.items():
             if not _fits(name, value):

@@ -14,18 +14,16 @@ INVOICE_GRACE_MAX_S = 72 * HOUR_S
 """The longest finalization grace period the Dashboard takes."""
 
 
-ASYNC_CODES = frozenset(
-    {
-        "archived_meter",
-        "meter_event_customer_not_found",
-        "meter_event_invalid_value",
-        "meter_event_no_customer_defined",
-        "meter_event_value_not_found",
-        "meter_event_value_too_many_digits",
-        "no_meter",
-        "timestamp_in_future",
-        "timestamp_too_far_in_past",
-    }
+ASYNC_CODES = (
+    "archived_meter",
+    "meter_event_customer_not_found",
+    "meter_event_invalid_value",
+    "meter_event_no_customer_defined",
+    "meter_event_value_not_found",
+    "meter_event_value_too_many_digits",
+    "no_meter",
+    "timestamp_in_future",
+    "timestamp_too_far_in_past",
 )
 """Codes of Stripe's error reports; those of dimensions, a preview, are left out."""
 
