@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint unit integration bench bench-quota mutants prove-metering prove-quota lock clean
+.PHONY: demo test lint unit integration bench bench-quota mutants simulate prove-metering prove-quota lock clean
 
 demo: $(READY)
 	$(BIN)/meterline demo
@@ -34,6 +34,10 @@ bench-quota: $(READY)
 # Safeguards taken out of a copy, one at a time: each must turn a test red that counts credits.
 mutants: $(READY)
 	$(BIN)/python -m tests.mutants
+
+# Five thousand histories of workers that die, sleep and lose answers, in virtual time: some minutes.
+simulate: $(READY)
+	$(BIN)/python -m tests.simulation
 
 # A million events through two workers that are killed a hundred times, at every step; every credit is compared.
 prove-metering: $(READY)

@@ -20,13 +20,16 @@ CRASH_CREDITS = f"{GUARDS}::test_a_crash_at_any_write_changes_no_credit"
 CRASH_COUNTS = f"{GUARDS}::test_a_crash_at_any_write_counts_every_record_once"
 PROGRESS = f"{GUARDS}::test_no_progress_is_ahead_of_a_total"
 GROUP_OFFSET = f"{GUARDS}::test_the_groups_offset_decides_nothing"
-FENCING = "tests/integration/test_fencing.py"
+BROKER = "tests/contract/test_broker_log.py"
+HISTORIES = "tests/simulation/test_histories.py"
+RED_LIST = "tests/simulation/test_red_list.py"
 
 LEDGER_ROWS = r"model\.accepted\.items\(\)\} == worker\.ledger"
 DEAD = r"model\.dead == worker\.dead"
 WINDOWS = r"model\.windows\("
 TOTALS = r"model\.totals\("
 BOOKS = r"wrong == \{\}[\s\S]*(acme|accepted)"
+SIMULATED_BOOKS = r"self\.dead|counted|lacking|model\.|acme|accepted"
 STACK_LIMIT_S = 400.0
 
 FLOOD_STOPS = f"{GUARDS}::test_a_flood_of_dead_letters_stops_before_it_is_sent"
@@ -220,9 +223,42 @@ MUTANTS = [
                 '        transactional_id=f"{transactional_id}-{asyncio.get_running_loop().time()}",\n',
             )
         ],
-        tests=[FENCING],
-        speaks_of=r"read_changelog.* == .*acme",
+        tests=[BROKER],
+        speaks_of=r"credits_micro == .*acme",
         limit_s=STACK_LIMIT_S,
+    ),
+    Mutant(
+        name="fencing-by-partition",
+        removes="each owner asks for a transactional id of its own: of two, both commit",
+        edits=[
+            Edit(
+                ENGINE,
+                'f"{self._group}-{self.source_topic}-{partition}"',
+                'f"{self._group}-{self.source_topic}-{partition}-{id(self)}"',
+            )
+        ],
+        tests=[RED_LIST, HISTORIES],
+        speaks_of=SIMULATED_BOOKS,
+    ),
+    Mutant(
+        name="fence-first",
+        removes="the state is read before the earlier owner is fenced: what that one commits in between is "
+        "counted again",
+        edits=[
+            Edit(
+                ENGINE,
+                """        await producer.start()
+        reached(Step.OWNER_FENCED)
+        state = await self._patiently(self._broker.read_state, self._changelog, partition)
+""",
+                """        state = await self._patiently(self._broker.read_state, self._changelog, partition)
+        await producer.start()
+        reached(Step.OWNER_FENCED)
+""",
+            )
+        ],
+        tests=[HISTORIES],
+        speaks_of=SIMULATED_BOOKS,
     ),
     Mutant(
         name="uncommitted-state",
@@ -235,8 +271,8 @@ MUTANTS = [
                 '"isolation.level": "read_uncommitted"',
             )
         ],
-        tests=[FENCING],
-        speaks_of=r"asyncio\.run.* == .*acme",
+        tests=[BROKER],
+        speaks_of=r"credits_micro == .*acme",
         limit_s=STACK_LIMIT_S,
     ),
     Mutant(

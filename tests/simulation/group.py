@@ -32,8 +32,7 @@ class Group:
         elif known is not None and known is not process and process.name in self.assigned:
             process.receive(self.assigned[process.name])
         else:
-            self._begin()
-            self._awaited.discard(process.name)
+            self._begin(joined=process)
             self._end_if_all_joined()
 
     def leave(self, process):
@@ -68,10 +67,11 @@ class Group:
         if self.members.get(process.name) is not process or self._awaited is not None:
             process.revoke()
 
-    def _begin(self):
-        self._awaited = set(self.members)
-        for process in list(self.members.values()):
-            process.revoke()
+    def _begin(self, joined=None):
+        """All but who has joined already must let go and join again."""
+        self._awaited = {name for name, process in self.members.items() if process is not joined}
+        for name in sorted(self._awaited):
+            self.members[name].revoke()
 
     def _end_if_all_joined(self):
         if self._awaited:

@@ -27,7 +27,7 @@ class SimulatedLog:
         logs = self._world.broker.logs
 
         def serve():
-            return {p: (logs[topic, p].start, logs[topic, p].end) for p in partitions}
+            return {p: (logs[topic, p].start, logs[topic, p].stable) for p in partitions}
 
         ends = await self._reads.call(serve)
         topic_id = topic_id_of(topic)

@@ -59,9 +59,9 @@ class Scene:
 
 
 @contextmanager
-def scene(seed=0, settings=SETTINGS, *, waits=True):
-    """A world with two workers that have their partitions; `waits=False`: that have not begun yet."""
-    with World(seed, settings) as world:
+def scene(seed=0, settings=SETTINGS, *, names=("a", "b"), waits=True):
+    """A world whose workers have their two partitions; `waits=False`: that have not begun yet."""
+    with World(seed, settings, names) as world:
         told = Scene(world)
         if waits:
             told.advance(2)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 from tests.simulation.histories import METERING_STEPS
 from tests.simulation.scenes import scene
+from tests.simulation.worker import LIMITS
 from tests.simulation.world import SETTINGS
 
 from meterline.streaming.steps import Step
 
-SEEDS = range(3)
+SEEDS = range(2)
 
 
 @pytest.fixture(params=SEEDS, ids="seed {}".format)
@@ -233,3 +234,16 @@ def _wake_too_late(told, step):
     told.advance(2)
     told.world.broker.compact("metering-state-changelog", 0, 10**9)
     return sleeper
+
+
+def test_a_full_worker_waits_for_the_ledger_and_is_not_busy_meanwhile():
+    """One partition's flush cannot end, the other has nothing to flush: nobody wakes the other for nothing."""
+    with scene(names=("a",)) as told:
+        told.world.ledger.is_away = True
+        for number in range(3 * LIMITS.pending_max):
+            told.publish(f"task {number}", 1_000)
+        before = told.world.turns
+        told.advance(5)
+
+        assert told.world.turns - before < 5_000
+        assert told.credits_at_rest() == {"acme": 36_000}

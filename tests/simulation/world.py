@@ -48,7 +48,7 @@ class World:
         self.settings = settings
         self.now = 0.0
         self.jumped_ms = 0
-        self.messages = 0
+        self.messages = self.turns = 0
         self.surprises = []
         """Errors that no product code may raise here."""
         self.plans = {}
@@ -140,7 +140,7 @@ class World:
         return soonest
 
     def _run_ready(self):
-        ran, turns = True, 0
+        ran, standstill = True, self.turns + STANDSTILL
         while ran:
             ran = False
             for worker in list(self.workers.values()):
@@ -149,8 +149,8 @@ class World:
                     self._current = worker
                     loop.turn()
                     ran = True
-                    turns += 1
-                    assert turns < STANDSTILL, "a process is busy for ever"
+                    self.turns += 1
+                    assert self.turns < standstill, "a process is busy for ever"
 
     def heal(self):
         """Whatever was broken or planned to break works again; stopped processes go on."""
@@ -173,9 +173,10 @@ class World:
 
     def kill(self, name, restart_s=RESTART_S):
         """SIGKILL. A supervisor starts it again, unless told not to (None)."""
-        self._kill(self.workers[name], restart_s)
+        self.end(self.workers[name], restart_s)
 
-    def _kill(self, worker, restart_s):
+    def end(self, worker, restart_s):
+        """This life of a process is over; unless None, a supervisor begins the next one after some time."""
         if worker.is_alive:
             worker.kill()
             if restart_s is not None:
@@ -194,7 +195,7 @@ class World:
             worker.ended = why
             if not isinstance(error, (FencedError, LostAnswerError)):
                 self.surprises.append(error or RuntimeError(why))
-            self._kill(worker, RESTART_S)
+            self.end(worker, RESTART_S)
         raise Killed
 
     def _reached(self, step):
@@ -212,7 +213,7 @@ class World:
         if what == "stop":
             worker.stop()
         else:
-            self._kill(worker, RESTART_S)
+            self.end(worker, RESTART_S)
             raise Killed
 
     # -- the network

@@ -28,7 +28,7 @@ class BrokerLog(Protocol):
     """The port. Both reads raise RetryLater while the broker doesn't answer: nothing was decided then."""
 
     async def read_ranges(self, topic: str, partitions: list[int]) -> Mapping[int, LogRange]:
-        """Identity, oldest and next offset of some partitions. The next offset counts what is undecided."""
+        """Identity, oldest offset and last stable offset of some partitions."""
 
     async def read_state(self, changelog: str, partition: int) -> dict[bytes, bytes]:
         """The newest committed value of every key, deleted keys left out.

@@ -70,7 +70,7 @@ class LogRange:
     start_offset: int
     """Offset of the oldest record that is still there."""
     end_offset: int
-    """Offset the next record will get."""
+    """Offset behind the last record whose fate is decided: an open transaction counts as not there yet."""
 
 
 class PartitionOwner(ABC):
