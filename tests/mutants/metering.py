@@ -233,7 +233,7 @@ MUTANTS = [
         edits=[
             Edit(
                 ENGINE,
-                'f"{self._group}-{self.source_topic}-{partition}"',
+                "transactional_id_of(self._group, self.source_topic, partition)",
                 'f"{self._group}-{self.source_topic}-{partition}-{id(self)}"',
             )
         ],

@@ -47,7 +47,8 @@ def main() -> int:
         minutes, cpu_minutes = (time.monotonic() - started) / 60, (time.process_time() - cpu_started) / 60
         sys.stdout.write(
             f"{machine.begun} histories, {machine.steps_taken} steps in {60 * minutes:.0f} s: "
-            f"{machine.begun / minutes:.0f} histories a minute, {machine.begun / cpu_minutes:.0f} a CPU minute\n"
+            f"{machine.begun / minutes:.0f} histories a minute, "
+            f"{machine.begun / cpu_minutes:.0f} a CPU minute\n"
         )
     return 0
 
