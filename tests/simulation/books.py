@@ -49,11 +49,7 @@ class Books:
         halted = {
             p: why for worker in self._world.workers.values() for p, why in worker.engine.halted.items()
         }
-<<<<<<< HEAD
-        assert halted == {}
-=======
         assert halted == {}, halted
->>>>>>> 2430b01 (One contract for the simulated and the real broker; every message of a history to die and sleep at)
         self._check_rows()
         for partition in PARTITIONS:
             self._read_state(partition)
