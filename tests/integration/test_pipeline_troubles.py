@@ -60,7 +60,10 @@ def workers(environment, tmp_path_factory):
     kinds = ("metering", "metering", "billing", "quota")
     made = [WorkerProcess(kind, environment, folder) for kind in kinds]
     with ended_in_the_end(*made):
-        for worker in made:
+        made[
+            0
+        ].start_ready()  # alone: whom a second one surprises in its very first commit is fenced, and ends
+        for worker in made[1:]:
             worker.start()
         until(lambda: share(made[:2], ALL) and all(worker.is_ready() for worker in made), "all are ready")
         yield made

@@ -21,6 +21,7 @@ CRASH_COUNTS = f"{GUARDS}::test_a_crash_at_any_write_counts_every_record_once"
 PROGRESS = f"{GUARDS}::test_no_progress_is_ahead_of_a_total"
 GROUP_OFFSET = f"{GUARDS}::test_the_groups_offset_decides_nothing"
 BROKER = "tests/contract/test_broker_log.py"
+CRASH_POINTS = "tests/simulation/test_crash_points.py"
 HISTORIES = "tests/simulation/test_histories.py"
 RED_LIST = "tests/simulation/test_red_list.py"
 
@@ -234,31 +235,47 @@ MUTANTS = [
             Edit(
                 ENGINE,
                 "transactional_id_of(self._group, self.source_topic, partition)",
-                'f"{self._group}-{self.source_topic}-{partition}-{id(self)}"',
+                "transactional_id_of(self._group, self.source_topic, partition) + str(id(self))",
             )
         ],
         tests=[RED_LIST, HISTORIES],
         speaks_of=SIMULATED_BOOKS,
     ),
     Mutant(
-        name="fence-first",
+        name="fence-before-the-state",
         removes="the state is read before the earlier owner is fenced: what that one commits in between is "
         "counted again",
         edits=[
             Edit(
                 ENGINE,
-                """        await producer.start()
-        reached(Step.OWNER_FENCED)
-        state = await self._patiently(self._broker.read_state, self._changelog, partition)
-""",
-                """        state = await self._patiently(self._broker.read_state, self._changelog, partition)
-        await producer.start()
-        reached(Step.OWNER_FENCED)
-""",
-            )
+                "        await producer.start()\n        reached(Step.OWNER_FENCED)\n",
+                "",
+            ),
+            Edit(
+                ENGINE,
+                "        reached(Step.STATE_READ)\n",
+                "        reached(Step.STATE_READ)\n        await held.producer.start()\n"
+                "        reached(Step.OWNER_FENCED)\n",
+            ),
         ],
         tests=[HISTORIES],
         speaks_of=SIMULATED_BOOKS,
+    ),
+    Mutant(
+        name="fence-before-the-ranges",
+        removes="the end of the log is read before the earlier owner is fenced: if that one counts on in "
+        "between, the log looks truncated, and the rightful owner never counts again",
+        edits=[
+            Edit(
+                ENGINE,
+                "        fenced = await asyncio.gather(*(self._fence(p) for p in new))\n"
+                "        ranges = await self._patiently(self._broker.read_ranges, self.source_topic, new)\n",
+                "        ranges = await self._patiently(self._broker.read_ranges, self.source_topic, new)\n"
+                "        fenced = await asyncio.gather(*(self._fence(p) for p in new))\n",
+            )
+        ],
+        tests=[CRASH_POINTS],
+        speaks_of=r"halted == \{\}",
     ),
     Mutant(
         name="uncommitted-state",

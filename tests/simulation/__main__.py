@@ -44,11 +44,11 @@ def main() -> int:
     try:
         run_state_machine_as_test(seed(number)(machine), settings=options)
     finally:
-        minutes, cpu_minutes = (time.monotonic() - started) / 60, (time.process_time() - cpu_started) / 60
+        seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
         sys.stdout.write(
-            f"{machine.begun} histories, {machine.steps_taken} steps in {60 * minutes:.0f} s: "
-            f"{machine.begun / minutes:.0f} histories a minute, "
-            f"{machine.begun / cpu_minutes:.0f} a CPU minute\n"
+            f"{machine.begun} histories, {machine.steps_taken} steps in {seconds:.0f} s: "
+            f"{60 * machine.begun / seconds:.0f} a minute, "
+            f"{60 * machine.begun / cpu_seconds:.0f} a minute of CPU\n"
         )
     return 0
 

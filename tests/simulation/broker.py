@@ -71,8 +71,8 @@ class PartitionLog:
     def stable(self):
         return min((entries[0].offset for entries in self.open.values()), default=self.end)
 
-    def append(self, topic, partition, now_ms, key, value, headers=(), producer=None):  # noqa: PLR0917 - a record
-        record = Record(topic, partition, self.end, now_ms, key, value, tuple(headers))
+    def append(self, record, producer=None):
+        record = record._replace(offset=self.end)
         entry = Entry(self.end, record, producer is None)
         self.entries.append(entry)
         if producer is not None:
@@ -160,7 +160,10 @@ class Broker:
 
     def append(self, topic, partition, key, value, headers=()):
         """A producer without transactions. Returns the offset."""
-        return self.logs[topic, partition].append(topic, partition, self._now_ms(), key, value, headers)
+        return self.logs[topic, partition].append(self._record(topic, partition, key, value, headers))
+
+    def _record(self, topic, partition, key, value, headers):
+        return Record(topic, partition, -1, self._now_ms(), key, value, tuple(headers))
 
     def fetch(self, topic, partition, position, records_max=1_000):
         """What read_committed gives from a position on."""
@@ -205,7 +208,7 @@ class Broker:
         known.partitions.add((topic, partition))
         log = self.logs[topic, partition]
         for key, value, headers in records:
-            log.append(topic, partition, self._now_ms(), key, value, headers, producer=known.producer)
+            log.append(self._record(topic, partition, key, value, headers), known.producer)
 
     def end_transaction(self, transactional_id, epoch, *, committed):
         """EndTxn: decided when this returns; the markers follow."""

@@ -149,9 +149,6 @@ class Engine:
         self.wanted = set(wanted)
         for lost in [p for p in self.partitions if p not in wanted]:
             await self._drop(self.partitions.pop(lost))
-        for lost in self.halted.keys() - wanted:
-            PARTITION_HALTED.remove(lost)  # its next owner says how it stands
-        self.halted = {p: why for p, why in self.halted.items() if p in wanted}
         self._gate.set()
         self._space.set()
         # Faust starts the restore of the next assignment while this one still waits: one at a time, and the
@@ -159,32 +156,44 @@ class Engine:
         async with self._taking_over:
             if number != self._assignment_number:
                 return
-            new = sorted(p for p in wanted if p not in self.partitions and p not in self.halted)
+            # Judged anew: a process that had been stalled may have judged what another owner went on with.
+            for partition in self.halted:
+                PARTITION_HALTED.remove(partition)
+            self.halted.clear()
+            new = sorted(wanted - self.partitions.keys())
             if new:
                 await self._restore_all(new, number)
         log.info("partitions assigned", topic=self.source_topic, partitions=sorted(wanted), new=new)
 
     async def _restore_all(self, new: list[int], number: int) -> None:
+        """Fence first, then read: what an earlier owner commits after a read would contradict it."""
         await self._before_fencing()
-        ranges = await self._patiently(self._broker.read_ranges, self.source_topic, new)
         if number != self._assignment_number:
             return
-        restored = await asyncio.gather(*(self._restore(ranges[p]) for p in new))
+        fenced = await asyncio.gather(*(self._fence(p) for p in new))
+        ranges = await self._patiently(self._broker.read_ranges, self.source_topic, new)
+        restored = await asyncio.gather(*(self._restore(held, ranges[held.number]) for held in fenced))
         for held in restored:
-            if held is not None:
-                self.partitions[held.number] = held
-                held.flushing = asyncio.create_task(self._flush_forever(held))
+            if held is None:
+                continue
+            if held.number not in self.wanted:  # lost meanwhile
+                await self._drop(held)
+                continue
+            self.partitions[held.number] = held
+            held.flushing = asyncio.create_task(self._flush_forever(held))
 
-    async def _restore(self, where: LogRange) -> OwnedPartition | None:
-        """Fence first, then read: otherwise a commit of the previous owner could land after the read."""
-        partition = where.partition
+    async def _fence(self, partition: int) -> OwnedPartition:
+        """From here on no earlier owner commits anything."""
         client = self._broker.transactional_client(
             transactional_id_of(self._group, self.source_topic, partition)
         )
         producer = FencedProducer(client, self._changelog, partition)
-        held = OwnedPartition(partition, self._make_owner(partition), producer)
         await producer.start()
         reached(Step.OWNER_FENCED)
+        return OwnedPartition(partition, self._make_owner(partition), producer)
+
+    async def _restore(self, held: OwnedPartition, where: LogRange) -> OwnedPartition | None:
+        partition = held.number
         state = await self._patiently(self._broker.read_state, self._changelog, partition)
         reached(Step.STATE_READ)
         self._apply_committed(partition, state.items())
