@@ -41,8 +41,8 @@ stack = own_stack()
 
 @pytest.fixture
 def traffic(stack):
-    """Clients of this test alone, so many that every partition has some."""
-    traffic = Traffic(stack, clients=40)
+    """Clients of this test alone."""
+    traffic = Traffic(stack)
     yield traffic
     traffic.close()
 

@@ -71,6 +71,7 @@ def worker(make_worker):
 
 
 def is_stopped(worker):
+    assert worker.process.poll() is None, f"it ended: {worker.process.poll()} {worker.log_tail()}"
     return psutil.Process(worker.process.pid).status() == psutil.STATUS_STOPPED
 
 

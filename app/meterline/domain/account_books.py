@@ -2,7 +2,7 @@
 
 What happened comes in as an argument, what it means is written to a `Store`, and each advance and each change
 of a record is a `Step` for the ledger. The rules, with the counterexample behind each, are those of the model
-checks of billing; docs/adr/0018 says what was left open there.
+checks of billing; docs/adr/0017 says what was left open there.
 
     advance     an account absorbs credits; U moves, or not; the step is written always
     attempt     a request is about to be made: its time is written down before its first byte
