@@ -235,7 +235,7 @@ MUTANTS = [
             Edit(
                 ENGINE,
                 "transactional_id_of(self._group, self.source_topic, partition)",
-                "transactional_id_of(self._group, self.source_topic, partition) + str(id(self))",
+                'f"{self._group}-{self.source_topic}-{partition}-{id(self)}"',
             )
         ],
         tests=[RED_LIST, HISTORIES],
@@ -254,24 +254,44 @@ MUTANTS = [
             Edit(
                 ENGINE,
                 "        reached(Step.STATE_READ)\n",
-                "        reached(Step.STATE_READ)\n        await held.producer.start()\n"
-                "        reached(Step.OWNER_FENCED)\n",
+                "        await held.producer.start()\n        reached(Step.OWNER_FENCED)\n"
+                "        reached(Step.STATE_READ)\n",
             ),
         ],
         tests=[HISTORIES],
         speaks_of=SIMULATED_BOOKS,
     ),
     Mutant(
-        name="fence-before-the-ranges",
-        removes="the end of the log is read before the earlier owner is fenced: if that one counts on in "
-        "between, the log looks truncated, and the rightful owner never counts again",
+        name="ranges-after-the-state",
+        removes="the end of the log is read first: if another owner counts on in between, the log looks "
+        "truncated, and the partition is halted for ever",
         edits=[
             Edit(
                 ENGINE,
-                "        fenced = await asyncio.gather(*(self._fence(p) for p in new))\n"
-                "        ranges = await self._patiently(self._broker.read_ranges, self.source_topic, new)\n",
+                "        fenced = await asyncio.gather(*(self._fence(p) for p in new))\n",
                 "        ranges = await self._patiently(self._broker.read_ranges, self.source_topic, new)\n"
                 "        fenced = await asyncio.gather(*(self._fence(p) for p in new))\n",
+            ),
+            Edit(
+                ENGINE,
+                "        ranges = await self._patiently(self._broker.read_ranges, self.source_topic, new)\n"
+                "        where",
+                "        where",
+            ),
+        ],
+        tests=[CRASH_POINTS],
+        speaks_of=r"halted == \{\}",
+    ),
+    Mutant(
+        name="verdict-of-a-stalled-owner",
+        removes="a process that slept while another began to count finds rows and no state: it halts a "
+        "partition that is well",
+        edits=[
+            Edit(
+                ENGINE,
+                "            if state != await self._patiently(self._broker.read_state, self._changelog, "
+                "held.number):\n",
+                "            if False:\n",
             )
         ],
         tests=[CRASH_POINTS],

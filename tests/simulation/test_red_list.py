@@ -237,7 +237,7 @@ def _wake_too_late(told, step):
 
 
 def test_a_full_worker_waits_for_the_ledger_and_is_not_busy_meanwhile():
-    """One partition's flush cannot end, the other has nothing to flush: neither wakes the other."""
+    """One partition's flush cannot end, the other has nothing to flush: nobody wakes it for nothing."""
     with scene(names=("a",)) as told:
         told.world.ledger.is_away = True
         for number in range(3 * LIMITS.pending_max):

@@ -18,6 +18,7 @@ from tests.simulation.ledger import Ledger
 from tests.simulation.network import Connection, LostAnswerError
 from tests.simulation.worker import Killed, Worker
 
+from meterline.errors import PartitionHalted
 from meterline.settings import MeteringSettings
 from meterline.streaming import engine, steps
 
@@ -193,7 +194,8 @@ class World:
         worker = self._current
         if not isinstance(error, Killed):
             worker.ended = why
-            if not isinstance(error, (FencedError, LostAnswerError)):
+            # Halted: a verdict on what another owner has gone on from meanwhile.
+            if not isinstance(error, (FencedError, LostAnswerError, PartitionHalted)):
                 self.surprises.append(error or RuntimeError(why))
             self.end(worker, RESTART_S)
         raise Killed

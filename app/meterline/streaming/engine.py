@@ -149,6 +149,9 @@ class Engine:
         self.wanted = set(wanted)
         for lost in [p for p in self.partitions if p not in wanted]:
             await self._drop(self.partitions.pop(lost))
+        for lost in self.halted.keys() - wanted:
+            PARTITION_HALTED.remove(lost)  # its next owner says how it stands
+        self.halted = {p: why for p, why in self.halted.items() if p in wanted}
         self._gate.set()
         self._space.set()
         # Faust starts the restore of the next assignment while this one still waits: one at a time, and the
@@ -156,23 +159,22 @@ class Engine:
         async with self._taking_over:
             if number != self._assignment_number:
                 return
-            # Judged anew: a process that had been stalled may have judged what another owner went on with.
-            for partition in self.halted:
-                PARTITION_HALTED.remove(partition)
-            self.halted.clear()
-            new = sorted(wanted - self.partitions.keys())
+            new = sorted(p for p in wanted if p not in self.partitions and p not in self.halted)
             if new:
                 await self._restore_all(new, number)
         log.info("partitions assigned", topic=self.source_topic, partitions=sorted(wanted), new=new)
 
     async def _restore_all(self, new: list[int], number: int) -> None:
-        """Fence first, then read: what an earlier owner commits after a read would contradict it."""
+        """Fence, then read: otherwise an earlier owner could go on behind what was read."""
         await self._before_fencing()
         if number != self._assignment_number:
             return
         fenced = await asyncio.gather(*(self._fence(p) for p in new))
+        states = await asyncio.gather(*(self._read_state(held) for held in fenced))
+        # Last: whoever else counts on meanwhile, the log holds what the state that was read accounts for.
         ranges = await self._patiently(self._broker.read_ranges, self.source_topic, new)
-        restored = await asyncio.gather(*(self._restore(held, ranges[held.number]) for held in fenced))
+        where = [ranges[held.number] for held in fenced]
+        restored = await asyncio.gather(*map(self._restore, fenced, states, where))
         for held in restored:
             if held is None:
                 continue
@@ -192,11 +194,15 @@ class Engine:
         reached(Step.OWNER_FENCED)
         return OwnedPartition(partition, self._make_owner(partition), producer)
 
-    async def _restore(self, held: OwnedPartition, where: LogRange) -> OwnedPartition | None:
-        partition = held.number
-        state = await self._patiently(self._broker.read_state, self._changelog, partition)
+    async def _read_state(self, held: OwnedPartition) -> dict[bytes, bytes]:
+        state = await self._patiently(self._broker.read_state, self._changelog, held.number)
         reached(Step.STATE_READ)
-        self._apply_committed(partition, state.items())
+        return state
+
+    async def _restore(
+        self, held: OwnedPartition, state: dict[bytes, bytes], where: LogRange
+    ) -> OwnedPartition | None:
+        self._apply_committed(held.number, state.items())
 
         async def commit(what: Commit) -> None:
             await self._commit(held, what)
@@ -204,6 +210,9 @@ class Engine:
         try:
             held.next_offset = await held.owner.restore(state, where, commit)
         except PartitionHalted as stop:
+            if state != await self._patiently(self._broker.read_state, self._changelog, held.number):
+                # We were stalled, and another owner has gone on: our verdict mixes two moments.
+                die(f"partition {held.number} has another owner", stop)
             await self._halt(held, stop)
             return None
         held.applied_offset = held.next_offset - 1
