@@ -28,6 +28,7 @@ from tests.stacks import RunningStack
 
 from meterline.clients import ClientRegistry
 from meterline.contracts.files import schemas_dir
+from meterline.contracts.partitioner import partition_for
 from meterline.domain.clients import Client
 from meterline.producer import UsageProducer
 from meterline.settings import SANDBOX_API_KEY
@@ -58,6 +59,7 @@ WORKER_SETTINGS = {
 }
 LATE_BY = (timedelta(seconds=3), timedelta(seconds=12))
 RESENT_SHARE = LATE_SHARE = 0.03
+SOURCE_PARTITIONS = 4
 SLICE, SLICE_PAUSE_S = 12, 0.1
 """Each flush finds some, in every partition. More would only keep the machine from what is tested."""
 KAFKA_S_MAX = 30.0
@@ -93,7 +95,7 @@ class Traffic:
         self._sent: list[dict] = []
         self._producer = UsageProducer(stack.settings, client_config=client_config)
         for number in range(clients):
-            self.add_client(f"client-{number}-{uuid.uuid4().hex[:8]}")
+            self.add_client(_client_of(number))
 
     def add_client(self, client_id: str) -> None:
         """One more, with a customer at Stripe."""
@@ -166,6 +168,14 @@ class Traffic:
     def close(self) -> None:
         """Nothing is left to be sent."""
         self._producer.close()
+
+
+def _client_of(number: int) -> str:
+    """A name nobody else has, such that one client after the other has the next partition: none is empty."""
+    while True:
+        name = f"client-{number}-{uuid.uuid4().hex[:8]}"
+        if partition_for(name.encode(), SOURCE_PARTITIONS) == number % SOURCE_PARTITIONS:
+            return name
 
 
 def settle(stack: RunningStack, traffic: Traffic, *, is_billed: bool = True) -> list[str]:
