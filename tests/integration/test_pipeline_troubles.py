@@ -60,9 +60,8 @@ def workers(environment, tmp_path_factory):
     kinds = ("metering", "metering", "billing", "quota")
     made = [WorkerProcess(kind, environment, folder) for kind in kinds]
     with ended_in_the_end(*made):
-        made[
-            0
-        ].start_ready()  # alone: whom a second one surprises in its very first commit is fenced, and ends
+        # Alone first: whom a second one surprises in its very first commit is fenced, and ends.
+        made[0].start_ready()
         for worker in made[1:]:
             worker.start()
         until(lambda: share(made[:2], ALL) and all(worker.is_ready() for worker in made), "all are ready")
