@@ -195,13 +195,14 @@ class Billing(RuleBasedStateMachine):
         self.durable, self.closed, self.invoiced[number] = store, number + 1, quantity
         self.carried[current] += owned - quantity * UNIT
         assert carry.credits_micro == owned - quantity * UNIT
-        if self.now - self.disturbed_at > ALL_ARRIVES:
+        if key.period_end + GRACE - self.disturbed_at > ALL_ARRIVES:
             assert (quantity, units) == (max(0, owned // UNIT),) * 2, "the period's own invoice"
             assert (carry.late, carry.clipped, carry.not_landed) == (0, 0, 0)
 
     @rule(hours=st.sampled_from([1, 1, 2, 3, 6, 12, 25]))
     def wait(self, hours):
         self.now = min(self.now + hours * HOUR, START + PERIODS * PERIOD - HOUR)
+        self.disturbed_at = self.now  # nothing was sent meanwhile
 
     # -- what must be true, always
 

@@ -48,9 +48,10 @@ class Courier:
         event = state.events.get(delivery.event) or state.snapshot_events[delivery.event]
         body = json.dumps(_payload(event)).encode()
         endpoint = destination["webhook_endpoint"]
+        sent_at = self._books.now()
         headers = {
             "Content-Type": "application/json; charset=utf-8",
-            "Stripe-Signature": signature(body, endpoint["signing_secret"], self._books.now()),
+            "Stripe-Signature": signature(body, endpoint["signing_secret"], sent_at),
         }
         try:
             async with session.post(endpoint["url"], data=body, headers=headers) as answer:
@@ -66,7 +67,7 @@ class Courier:
                 "event": delivery.event,
                 "destination": delivery.destination,
                 "attempts": attempts,
-                "next_at": now + RETRY_AFTER_S[attempts - 1] if again else None,
+                "next_at": sent_at + RETRY_AFTER_S[attempts - 1] if again else None,
             }
         ]
         if arrived and event["type"] == INVOICE_CREATED:
