@@ -28,12 +28,11 @@ from tests.proof.metering_checker import Verdict, credits_text, judge
 from tests.proof.metering_evidence import gather, is_accounted, log_ends
 from tests.proof.metering_input import Lines, Publisher, Stream
 from tests.proof.metering_kills import ANYWHERE, TAKE_OVER, Campaign, metering_steps, plan_kills
-from tests.proof.quota_evidence import Places
+from tests.proof.pipeline import places_of
 from tests.stacks import RunningStack, running_stack
 from tests.worker_nursery import NurseryWorker
 from tests.worker_processes import ended_in_the_end, kept_running, until
 
-from meterline.contracts.files import schemas_dir
 from meterline.demo.workers import replayed_offsets
 
 WINDOW_MS = 5_000
@@ -121,16 +120,7 @@ class Run:
 
     def __init__(self, stack: RunningStack, folder: Path, seed: int) -> None:
         self._stack, self._folder, self._seed = stack, folder, seed
-        settings = stack.settings
-        self._places = Places(
-            settings.kafka.bootstrap_servers,
-            settings.clickhouse.host,
-            settings.clickhouse.port,
-            settings.clickhouse.database,
-            settings.redis.url,
-            settings.redis.namespace,
-            schemas_dir(),
-        )
+        self._places = places_of(stack)
         environment = stack.process_environment() | WORKER_SETTINGS
         self._workers = [
             # Static members: a restarted worker goes on with its partitions at once, if it is quick.

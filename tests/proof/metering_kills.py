@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
 
+from tests.proof.pipeline import wait_for
 from tests.stacks import RunningStack
 from tests.worker_processes import ALL, WorkerProcess
 
@@ -161,7 +162,7 @@ class Campaign:
                 if not (done := self.killed.total()) % SAID_EACH:
                     self.say(f"{done} of {len(self.plan)} kills, {time.monotonic() - self.began:.0f} s")
             if kill.at == TAKE_OVER:
-                self._wait(lambda: other.partitions() == ALL, TAKEN_OVER_S_MAX)
+                wait_for(lambda: other.partitions() == ALL, TAKEN_OVER_S_MAX)
         worker.start()
         return None
 
@@ -175,21 +176,12 @@ class Campaign:
             worker.start(die_at=kill.at, times=kill.times)
             return worker.wait(DEATH_S_MAX)
         worker.start()
-        ended_or_working = lambda: worker.process.poll() is not None or commits(worker) >= COMMITS_BEFORE  # noqa: E731
-        if not self._wait(ended_or_working, DEATH_S_MAX):
+        ended_or_working = lambda: worker.process.poll() is not None or commits(worker) >= COMMITS_BEFORE  # noqa: E731 - one line
+        if not wait_for(ended_or_working, DEATH_S_MAX):
             raise AssertionError(f"{worker.kind} commits nothing: {worker.log_tail()}")
         time.sleep(kill.delay_s)
         worker.kill()
         return worker.process.returncode
-
-    @staticmethod
-    def _wait(is_so: Callable[[], object], seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while not is_so():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(LOOK_S)
-        return True
 
     # -- services
 

@@ -25,7 +25,7 @@ from tests.worker_processes import WorkerProcess, ended_in_the_end, until
 
 from meterline.contracts.files import schemas_dir
 
-__all__ = ["Pipeline", "running_pipeline", "wait_for"]
+__all__ = ["Pipeline", "places_of", "running_pipeline", "wait_for"]
 
 WORKER_SETTINGS = {
     "METERLINE_METERING__FLUSH_INTERVAL_MS": "100",
@@ -47,16 +47,7 @@ class Pipeline:
             | WORKER_SETTINGS
             | {"METERLINE_QUOTA__RESERVATION_TTL_MAX_S": f"{ttl_max_s}"}
         )
-        settings = stack.settings
-        self.places = Places(
-            settings.kafka.bootstrap_servers,
-            settings.clickhouse.host,
-            settings.clickhouse.port,
-            settings.clickhouse.database,
-            settings.redis.url,
-            settings.redis.namespace,
-            schemas_dir(),
-        )
+        self.places = places_of(stack)
         self.workers = {kind: WorkerProcess(kind, self.environment, folder) for kind in ("metering", "quota")}
         self.restarts: Counter[str] = Counter()
         """Workers that ended by themselves, e.g. because a service was away, and were started again."""
@@ -148,6 +139,20 @@ def running_pipeline(ttl_max_s: float) -> Iterator[Pipeline]:
         pipeline = Pipeline(stack, folder, ttl_max_s)
         with pipeline.kept_running():
             yield pipeline
+
+
+def places_of(stack: RunningStack) -> Places:
+    """Where a checker looks: addresses, no code of ours."""
+    settings = stack.settings
+    return Places(
+        settings.kafka.bootstrap_servers,
+        settings.clickhouse.host,
+        settings.clickhouse.port,
+        settings.clickhouse.database,
+        settings.redis.url,
+        settings.redis.namespace,
+        schemas_dir(),
+    )
 
 
 def wait_for(is_so: Callable[[], object], seconds: float) -> bool:

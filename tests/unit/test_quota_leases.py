@@ -15,14 +15,16 @@ from meterline.quota import (
     LeasePlan,
     Part,
     QuotaUnavailable,
+    Reservation,
     ReservationConflict,
     ReservationLapsed,
     operations,
 )
 from meterline.quota import lease as lease_module
+from meterline.quota import reservations as reservations_module
 from meterline.quota.answers import SettledColumns
 from meterline.quota.availability import Availability, Unreachable
-from meterline.quota.reservations import Held
+from meterline.quota.reservations import Held, Reservations
 
 M = 1_000_000
 CLIENT = "hot"
@@ -475,3 +477,14 @@ def test_a_bulk_settle_leaves_what_another_lease_holds():
         assert (lease.decided, lease.unstated.micro) == (0, M)
 
     run(scenario)
+
+
+def test_an_id_that_stands_again_takes_no_place_of_the_ended(monkeypatch):
+    """The bucket forgets an ended id sooner than a process, and grants it anew."""
+    monkeypatch.setattr(reservations_module, "ENDED_MAX", 1)
+    known = Reservations()
+    known.voided("a", CLIENT)
+    known.stand("a", Reservation("a", CLIENT, M, 60.0, 1, done=False, covered=True))
+    known.voided("b", CLIENT)
+
+    assert known.client_of("b") == CLIENT

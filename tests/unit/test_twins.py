@@ -11,7 +11,7 @@ from meterline.cli.audit import app as audit
 from meterline.domain.events import CorrectionKind, check_event, payload_digest
 from meterline.domain.twins import Copy, judge_copies, twin_correction
 
-COPY = Copy("acme", "e1", 1_000, "topic", 0, 7, 11, "task", "gpu", 5_000_000, True, 900, False)  # noqa: FBT003
+COPY = Copy("acme", "e1", 1_000, "topic", 0, 7, 11, "task", "gpu", 5_000_000, True, 900, False)  # noqa: FBT003 - a row
 
 
 def places(copies):

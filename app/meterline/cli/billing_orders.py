@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from meterline.cli.period import iso
-from meterline.cli.who import By, person
+from meterline.cli.who import By, check_reason, person
 from meterline.errors import UserError
 from meterline.ledger.asker import LedgerAsker
 from meterline.ledger.billing_orders import BillingOrder, write_order
@@ -131,8 +131,7 @@ def _held_item(target: str) -> Held:
 
 
 def _order(action: str, reason: str, by: str, *, client_id: str, target: str = "", value: int = 0) -> None:
-    if not reason.strip():
-        raise UserError("Say why: --reason 'wrong price since Tuesday'. It is kept in the ledger.")
+    check_reason(reason, "wrong price since Tuesday")
     order = BillingOrder(
         order_id=uuid.uuid4().hex,
         ordered_at=time.time_ns() // 1_000_000,

@@ -16,7 +16,7 @@ from rich.table import Table
 from meterline.cli.period import iso
 from meterline.cli.quota_check import check
 from meterline.cli.quota_orders import rebuild, void
-from meterline.cli.who import By, person
+from meterline.cli.who import By, check_reason, person
 from meterline.clients import ClientRegistry
 from meterline.domain.clients import Client, Period, period_of
 from meterline.domain.credits import format_credits, to_micro
@@ -73,8 +73,7 @@ def grant(  # noqa: PLR0917 - typer passes every one by its name
     micro = _amount(amount, budget=budget)
     if since and not budget:
         raise UserError("--from belongs to --budget: prepaid credits count at once.")
-    if not reason.strip():
-        raise UserError("Say why: --reason 'invoice 2026-117'. It is kept in the ledger.")
+    check_reason(reason, "invoice 2026-117")
     settings = load_settings()
     period = _period(settings, client_id, since) if budget else None
     given = CreditGrant(

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from meterline.cli.period import iso
-from meterline.cli.who import By, person
+from meterline.cli.who import By, check_reason, person
 from meterline.domain.credits import format_credits
 from meterline.errors import UserError
 from meterline.ledger.asker import LedgerAsker
@@ -129,8 +129,7 @@ async def _void(settings: RedisSettings, client_id: str, reservation_id: str) ->
 
 
 def _ordered(action: str, reason: str, by: str, **about: str | int) -> QuotaChange:
-    if not reason.strip():
-        raise UserError("Say why: --reason 'worker lost with its machine'. It is kept in the ledger.")
+    check_reason(reason, "worker lost with its machine")
     return QuotaChange(
         change_id=uuid.uuid4().hex,
         changed_at=time.time_ns() // 1_000_000,
@@ -143,12 +142,8 @@ def _ordered(action: str, reason: str, by: str, **about: str | int) -> QuotaChan
 
 @contextmanager
 def _recorded(settings: ClickHouseSettings, change: QuotaChange) -> Iterator[list[str]]:
-    """Write the row, let the change be made, and write what came of it."""
-    outcome: list[str] = []
-    with LedgerAsker(settings) as ledger:
-        ledger.ask(write_change, change)
+    with LedgerAsker(settings) as ledger, ledger.recorded(write_change, change) as outcome:
         yield outcome
-        ledger.ask(write_change, change.done(outcome[0]))
 
 
 def _with_a_worker(reader: BucketReader) -> Sequence[Shard]:

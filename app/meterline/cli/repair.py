@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Annotated
 
 import typer
 
-from meterline.cli.who import By, person
+from meterline.cli.who import By, check_reason, person
 from meterline.contracts.topics import METERING_CHANGELOG, USAGE_EVENTS, USAGE_WINDOWS
 from meterline.domain.credits import format_credits
 from meterline.errors import PartitionHalted, UserError
@@ -146,8 +146,9 @@ class _Order:
         self._reason = reason
         self._by = by
 
-    @contextmanager
-    def recorded(self, action: str, log: LogRange, first: int, last: int) -> Iterator[list[str]]:
+    def recorded(
+        self, action: str, log: LogRange, first: int, last: int
+    ) -> AbstractContextManager[list[str]]:
         """Write the row, let the repair be made, and write what came of it."""
         repair = Repair(
             repair_id=uuid.uuid4().hex,
@@ -160,18 +161,15 @@ class _Order:
             changed_by=self._by,
             reason=self._reason,
         )
-        self._asker.ask(write_repair, repair)
-        told: list[str] = []
-        yield told
-        self._asker.ask(write_repair, repair.done(told[0]))
+        return self._asker.recorded(write_repair, repair)
 
 
 def _each(
     partitions: Sequence[int], reason: str, by: str, dry_run: bool, repair: Callable[[_Order, LogRange], str]
 ) -> None:
     """One partition after the other; one that is refused does not keep the others from being repaired."""
-    if not dry_run and not reason.strip():
-        raise UserError("Say why: --reason 'changelog deleted by mistake'. It is kept in the ledger.")
+    if not dry_run:
+        check_reason(reason, "changelog deleted by mistake")
     settings = load_settings()
     counts = topic_partition_counts(settings.kafka, [USAGE_EVENTS, USAGE_WINDOWS, METERING_CHANGELOG])
     if unknown := [number for number in partitions if number >= counts[USAGE_EVENTS]]:

@@ -470,5 +470,5 @@ def _step(kind: str, record: UsageRecord, **facts: str) -> Step:
         About.record(record),
         record=record,
         value=record.value,
-        **{"state": record.state.value, "reason": record.held_reason} | facts,  # type: ignore[arg-type]
+        **{"state": record.state.value, "reason": record.held_reason} | facts,  # type: ignore[arg-type]  # names of its fields
     )

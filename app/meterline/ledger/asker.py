@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Concatenate, ParamSpec, Self, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, Self, TypeVar
 
 from meterline.ledger.client import Client, connect, explained
 from meterline.settings import ClickHouseSettings
@@ -13,6 +14,16 @@ __all__ = ["LedgerAsker"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class Recorded(Protocol):
+    """A row that says what was ordered, and later what came of it."""
+
+    def done(self, detail: str) -> Self:
+        """The same row, with what came of it."""
+
+
+Order = TypeVar("Order", bound=Recorded)
 
 
 class LedgerAsker:
@@ -42,3 +53,11 @@ class LedgerAsker:
         """
         with explained(self._settings):
             return question(self._client, *args, **kwargs)
+
+    @contextmanager
+    def recorded(self, write: Callable[[Client, Order], None], order: Order) -> Iterator[list[str]]:
+        """Write an order's row, let it be carried out, and write what came of it: the first line noted."""
+        self.ask(write, order)
+        outcome: list[str] = []
+        yield outcome
+        self.ask(write, order.done(outcome[0]))

@@ -6,6 +6,7 @@ A row whose `detail` says no more than that it was ordered tells that the comman
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, fields, replace
+from typing import Self
 
 from meterline.ledger.client import Client, ledger_errors
 from meterline.ledger.tables import QUOTA_CHANGE_LOG, QUOTA_CHANGE_LOG_COLUMNS
@@ -40,7 +41,7 @@ class QuotaChange:
     reason: str = ""
     detail: str = ORDERED
 
-    def done(self, detail: str) -> QuotaChange:
+    def done(self, detail: str) -> Self:
         """The same change, with what came of it: its row replaces the former one."""
         return replace(self, detail=detail)
 

@@ -72,7 +72,7 @@ def client_totals(
     """What each client has ever used up to an offset, and the offset of its newest row."""
     rows = _execute(
         client,
-        f"SELECT client_id, max(`offset`), {_SKU_TOTALS} FROM {_ROWS} GROUP BY client_id {_BY_DAY}",  # noqa: S608
+        f"SELECT client_id, max(`offset`), {_SKU_TOTALS} FROM {_ROWS} GROUP BY client_id {_BY_DAY}",  # noqa: S608 - as above
         {"topic_id": topic_id, "partition": partition, "until": until},
     )
     return {client_id: (SkuTotal(*totals), last) for client_id, last, *totals in rows}
@@ -128,7 +128,7 @@ def state_windows(  # noqa: PLR0917 - six plain facts, in the order of queries.k
         ) AS said ON used.window_start = said.window_start AND used.client_id = said.client_id
         WHERE used.window_start + %(length)s > %(ended_since)s OR window_last >= said.next_cutoff
         {_BY_DAY}
-        """,  # noqa: S608
+        """,  # noqa: S608 - as above
         {
             "topic_id": topic_id,
             "partition": partition,

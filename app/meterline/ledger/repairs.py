@@ -6,6 +6,7 @@ A row whose `detail` says no more than that it was ordered tells that the comman
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass, fields, replace
+from typing import Self
 
 from meterline.ledger.client import Client, ledger_errors
 from meterline.ledger.quota_changes import ORDERED
@@ -38,7 +39,7 @@ class Repair:
     reason: str
     detail: str = ORDERED
 
-    def done(self, detail: str) -> Repair:
+    def done(self, detail: str) -> Self:
         """The same repair, with what came of it: its row replaces the former one."""
         return replace(self, detail=detail)
 

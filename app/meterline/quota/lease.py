@@ -243,8 +243,8 @@ class Lease:
             if not own:
                 return others
         self._state_soon()
-        used = self.unstated.add(source, max(offsets), sum(amounts), sum(map(min, holds, amounts)))
-        decided = sum(holds)
+        decided, used = sum(holds), sum(map(min, holds, amounts))
+        self.unstated.add(source, max(offsets), sum(amounts), used)
         self.decided -= decided
         self.free += decided - used
         reservations.settled_all(names, self.client_id, source, offsets)

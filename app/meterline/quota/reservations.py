@@ -91,6 +91,8 @@ class Reservations:
 
     def stand(self, reservation_id: str, entry: Held | Reservation) -> None:
         """A reservation was made, or changed."""
+        if type(self.entries.get(reservation_id)) in OVER:  # its id was forgotten by the bucket, not here
+            self._ended -= 1
         self.entries[reservation_id] = entry
         if len(self.entries) > STANDING_MAX + ENDED_MAX:
             self._forget(next(iter(self.entries)))

@@ -32,7 +32,7 @@ class Unstated:
         """Whether something is to be stated."""
         return bool(self._sums)
 
-    def add(self, source: tuple[str, int], offset: int, micro: int, held: int) -> int:
+    def add(self, source: tuple[str, int], offset: int, micro: int, held: int) -> None:
         """Note what was settled at or before an offset of a source partition.
 
         Args:
@@ -40,9 +40,6 @@ class Unstated:
             offset: the largest.
             micro: the sum.
             held: how much of it the lease holds; what a reservation cost beyond what it held, it doesn't.
-
-        Returns:
-            `held`.
         """
         found = self._sums.get(source)
         if found is None:
@@ -51,7 +48,6 @@ class Unstated:
             found[0] = offset
         found[1] += micro
         self.micro += held
-        return held
 
     def take(self, most: int) -> list[Part]:
         """The parts of the next statement, at most so many; they are no longer unstated.

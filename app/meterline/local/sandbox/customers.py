@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meterline.local.sandbox.command import Call, Outcome
-from meterline.local.sandbox.errors import StripeError
+from meterline.local.sandbox.errors import found
 from meterline.local.sandbox.form import Params
 from meterline.local.sandbox.metadata import take_metadata
 from meterline.local.sandbox.pagination import PageQuery
@@ -57,9 +57,7 @@ class CreateCustomer:
 def retrieve_customer(state: State, params: Params, object_id: str, _now: int) -> JsonObject:
     """`GET /v1/customers/{id}`; raises StripeError 404."""
     params.finish()
-    if object_id not in state.customers:
-        raise StripeError.missing_object("customer", object_id)
-    return state.customers[object_id]
+    return found(state.customers, "customer", object_id)
 
 
 def list_customers(state: State, params: Params, _object_id: str, _now: int) -> JsonObject:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["StripeError"]
+__all__ = ["StripeError", "found"]
+
+Object = TypeVar("Object")
 
 
 class StripeError(Exception):
@@ -62,3 +64,10 @@ class StripeError(Exception):
             code="resource_missing",
             param=param,
         )
+
+
+def found(objects: Mapping[str, Object], noun: str, object_id: str, *, param: str = "id") -> Object:
+    """The object of an id; raises StripeError as `missing_object`."""
+    if object_id not in objects:
+        raise StripeError.missing_object(noun, object_id, param=param)
+    return objects[object_id]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from decimal import Context, Decimal, Inexact, localcontext
 from itertools import groupby
 
-from meterline.local.sandbox.errors import StripeError
+from meterline.local.sandbox.errors import StripeError, found
 from meterline.local.sandbox.form import Params
 from meterline.local.sandbox.meters import find_meter
 from meterline.local.sandbox.pagination import PageQuery
@@ -52,8 +52,7 @@ def list_event_summaries(state: State, params: Params, meter_id: str, now: int) 
     grouping = params.choice("value_grouping_window", tuple(GROUPING_S))
     params.finish()
     meter = find_meter(state, meter_id)
-    if customer not in state.customers:
-        raise StripeError.missing_object("customer", customer, param="customer")
+    found(state.customers, "customer", customer, param="customer")
     _check_range(start, end, grouping)
     events = state.usage.get((meter_id, customer), [])
     seen_until = now - state.rules.summary_lag_s

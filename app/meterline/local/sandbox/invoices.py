@@ -15,7 +15,7 @@ from decimal import Decimal
 
 from meterline.local.sandbox.billed_usage import amount_of, billed_quantity
 from meterline.local.sandbox.command import Call, Outcome
-from meterline.local.sandbox.errors import StripeError
+from meterline.local.sandbox.errors import StripeError, found
 from meterline.local.sandbox.event_destinations import (
     INVOICE_CREATED,
     INVOICE_FINALIZED,
@@ -95,7 +95,7 @@ class FinalizeInvoice:
 
     def execute(self, state: State, call: Call) -> Outcome:
         """Refused unless it is a draft."""
-        draft = _find(state, self.invoice_id)
+        draft = found(state.invoices, "invoice", self.invoice_id)
         if draft["status"] != "draft":
             raise StripeError(
                 400,
@@ -110,7 +110,7 @@ class FinalizeInvoice:
 def retrieve_invoice(state: State, params: Params, object_id: str, _now: int) -> JsonObject:
     """`GET /v1/invoices/{id}`; raises StripeError 404."""
     params.finish()
-    return _counted(state, _find(state, object_id))
+    return _counted(state, found(state.invoices, "invoice", object_id))
 
 
 def list_invoices(state: State, params: Params, _object_id: str, _now: int) -> JsonObject:
@@ -138,7 +138,7 @@ def list_invoice_lines(state: State, params: Params, object_id: str, _now: int) 
     """`GET /v1/invoices/{id}/lines`; raises StripeError 404."""
     query = PageQuery.parse(params)
     params.finish()
-    lines = _counted(state, _find(state, object_id))["lines"]["data"]
+    lines = _counted(state, found(state.invoices, "invoice", object_id))["lines"]["data"]
     return query.page(f"/v1/invoices/{object_id}/lines", lines)
 
 
@@ -236,12 +236,6 @@ def _item_of(line: JsonObject) -> str:
 def _subscription_of(invoice: JsonObject) -> str:
     subscription: str = invoice["parent"]["subscription_details"]["subscription"]
     return subscription
-
-
-def _find(state: State, invoice_id: str) -> JsonObject:
-    if invoice_id not in state.invoices:
-        raise StripeError.missing_object("invoice", invoice_id)
-    return state.invoices[invoice_id]
 
 
 def _plain(quantity: Decimal) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from meterline.local.sandbox.command import Call, Outcome
-from meterline.local.sandbox.errors import StripeError
+from meterline.local.sandbox.errors import StripeError, found
 from meterline.local.sandbox.form import Params
 from meterline.local.sandbox.limits import EVENT_NAME_LENGTH_MAX
 from meterline.local.sandbox.pagination import PageQuery
@@ -167,9 +167,7 @@ def find_meter(state: State, meter_id: str) -> JsonObject:
 
 def meter_named(state: State, meter_id: str, *, param: str) -> JsonObject:
     """The meter a parameter names; raises StripeError 400, or 404 where it is the path's `id`."""
-    if meter_id not in state.meters:
-        raise StripeError.missing_object("meter", meter_id, param=param)
-    return state.meters[meter_id]
+    return found(state.meters, "meter", meter_id, param=param)
 
 
 def retrieve_meter(state: State, params: Params, object_id: str, _now: int) -> JsonObject:

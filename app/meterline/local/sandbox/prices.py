@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from meterline.local.sandbox.command import Call, Outcome
-from meterline.local.sandbox.errors import StripeError
+from meterline.local.sandbox.errors import StripeError, found
 from meterline.local.sandbox.form import Params
 from meterline.local.sandbox.metadata import take_metadata
 from meterline.local.sandbox.meters import meter_named
@@ -129,8 +129,8 @@ class CreatePrice:
             product = _product(call, self.product_name or "", None, {})
             product_id = product["id"]
             changes.append({"kind": "product", "object": product})
-        elif product_id not in state.products:
-            raise StripeError.missing_object("product", product_id, param="product")
+        else:
+            found(state.products, "product", product_id, param="product")
         price: JsonObject = {
             "id": f"price_{call.token}",
             "object": "price",
@@ -164,9 +164,7 @@ class CreatePrice:
 def retrieve_product(state: State, params: Params, object_id: str, _now: int) -> JsonObject:
     """`GET /v1/products/{id}`; raises StripeError 404."""
     params.finish()
-    if object_id not in state.products:
-        raise StripeError.missing_object("product", object_id)
-    return state.products[object_id]
+    return found(state.products, "product", object_id)
 
 
 def list_products(state: State, params: Params, _object_id: str, _now: int) -> JsonObject:
@@ -179,9 +177,7 @@ def list_products(state: State, params: Params, _object_id: str, _now: int) -> J
 def retrieve_price(state: State, params: Params, object_id: str, _now: int) -> JsonObject:
     """`GET /v1/prices/{id}`; raises StripeError 404."""
     params.finish()
-    if object_id not in state.prices:
-        raise StripeError.missing_object("price", object_id)
-    return state.prices[object_id]
+    return found(state.prices, "price", object_id)
 
 
 def list_prices(state: State, params: Params, _object_id: str, _now: int) -> JsonObject:

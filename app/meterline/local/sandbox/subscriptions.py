@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meterline.local.sandbox.command import Call, Outcome
-from meterline.local.sandbox.errors import StripeError
+from meterline.local.sandbox.errors import StripeError, found
 from meterline.local.sandbox.event_destinations import INVOICE_CREATED, snapshot_event
 from meterline.local.sandbox.form import Params
 from meterline.local.sandbox.invoices import cycle_invoice, first_invoice
@@ -69,9 +69,8 @@ class CreateSubscription:
 
     def execute(self, state: State, call: Call) -> Outcome:
         """Refused for unknown ids, prices that don't go together, and an anchor in the past."""
-        if self.customer not in state.customers:
-            raise StripeError.missing_object("customer", self.customer, param="customer")
-        prices = [_price(state, price_id) for price_id in self.prices]
+        found(state.customers, "customer", self.customer, param="customer")
+        prices = [found(state.prices, "price", price_id, param="items") for price_id in self.prices]
         _check_together(prices)
         interval = _interval(prices[0])
         anchor = call.now if self.anchor is None else self.anchor
@@ -169,13 +168,12 @@ class UpdateSubscription:
 
     def execute(self, state: State, call: Call) -> Outcome:
         """Refused for unknown ids and prices that don't go together."""
-        before = _find(state, self.subscription_id)
+        before = found(state.subscriptions, "subscription", self.subscription_id)
         items = {item["id"]: item for item in before["items"]["data"]}
         changes: list[Change] = []
         for item_id, price_id in self.prices:
-            if item_id not in items:
-                raise StripeError.missing_object("subscription_item", item_id, param="items")
-            price, old = _price(state, price_id), items[item_id]["price"]
+            old = found(items, "subscription_item", item_id, param="items")["price"]
+            price = found(state.prices, "price", price_id, param="items")
             if price["id"] != old["id"]:
                 changes.append({"kind": "price_change", "item": item_id, "at": call.now, "before": old["id"]})
             items[item_id] = items[item_id] | {"price": price}
@@ -208,7 +206,7 @@ def end_period(state: State, subscription: JsonObject) -> tuple[Change, ...]:
 def retrieve_subscription(state: State, params: Params, object_id: str, _now: int) -> JsonObject:
     """`GET /v1/subscriptions/{id}`; raises StripeError 404."""
     params.finish()
-    return _find(state, object_id)
+    return found(state.subscriptions, "subscription", object_id)
 
 
 def list_subscriptions(state: State, params: Params, _object_id: str, _now: int) -> JsonObject:
@@ -231,9 +229,8 @@ def list_subscription_items(state: State, params: Params, _object_id: str, _now:
     query = PageQuery.parse(params)
     subscription_id = params.required_text("subscription")
     params.finish()
-    if subscription_id not in state.subscriptions:
-        raise StripeError.missing_object("subscription", subscription_id, param="subscription")
-    return query.page("/v1/subscription_items", state.subscriptions[subscription_id]["items"]["data"])
+    subscription = found(state.subscriptions, "subscription", subscription_id, param="subscription")
+    return query.page("/v1/subscription_items", subscription["items"]["data"])
 
 
 def _items_list(subscription_id: str, items: Sequence[JsonObject]) -> JsonObject:
@@ -244,12 +241,6 @@ def _items_list(subscription_id: str, items: Sequence[JsonObject]) -> JsonObject
         "total_count": len(items),
         "url": f"/v1/subscription_items?subscription={subscription_id}",
     }
-
-
-def _price(state: State, price_id: str) -> JsonObject:
-    if price_id not in state.prices:
-        raise StripeError.missing_object("price", price_id, param="items")
-    return state.prices[price_id]
 
 
 def _interval(price: JsonObject) -> tuple[str, int]:
@@ -269,9 +260,3 @@ def _check_together(prices: Sequence[JsonObject], like: JsonObject | None = None
 def _check_grace(state: State, period: tuple[int, int]) -> None:
     if state.rules.invoice_grace_s >= period[1] - period[0]:
         raise StripeError(400, "The finalization grace period must be shorter than the service period.")
-
-
-def _find(state: State, subscription_id: str) -> JsonObject:
-    if subscription_id not in state.subscriptions:
-        raise StripeError.missing_object("subscription", subscription_id)
-    return state.subscriptions[subscription_id]
