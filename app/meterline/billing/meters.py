@@ -84,11 +84,6 @@ class MeterMap(_Strict):
         return self
 
     @cached_property
-    def by_name(self) -> Mapping[str, Meter]:
-        """The meters by name."""
-        return {meter.name: meter for meter in self.meters}
-
-    @cached_property
     def terms(self) -> Mapping[str, MeterTerms]:
         """What of each meter must never change."""
         return {meter.name: MeterTerms(meter.event_name, meter.unit_micro) for meter in self.meters}

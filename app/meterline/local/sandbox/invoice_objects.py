@@ -8,9 +8,6 @@ from meterline.local.sandbox.state import JsonObject
 
 __all__ = ["invoice_object", "line_object", "lines_list"]
 
-LINES_EMBEDDED_MAX = 10
-"""Lines inside an invoice; `GET /v1/invoices/{id}/lines` has them all (API reference, invoices)."""
-
 
 def line_object(
     invoice_id: str, digest: str, item: JsonObject, price: JsonObject, *, start: int, end: int
@@ -128,7 +125,7 @@ def invoice_object(
 
 
 def lines_list(invoice_id: str, lines: Sequence[JsonObject]) -> JsonObject:
-    """All lines of an invoice as the list inside of it. It is cut only when it is shown."""
+    """The list inside an invoice: all lines, where Stripe shows the first ten of them."""
     return {
         "object": "list",
         "data": list(lines),
