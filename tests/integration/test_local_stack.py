@@ -189,6 +189,23 @@ def test_a_killed_service_is_found_stopped_and_started_again(light):
     assert stripe_of(light).v1.customers.retrieve(customer.id).name == "Acme"
 
 
+def test_a_service_that_ends_while_it_is_waited_for_is_started_again(light):
+    """Found as a process that doesn't answer (one that was just killed is such), then it is gone."""
+    light.up()
+    ending = pids(light)["redis"]
+    os.kill(ending, signal.SIGSTOP)
+
+    def end_it(name, doing):
+        if (name, doing) == ("redis", "starting") and psutil.pid_exists(ending):
+            os.kill(ending, signal.SIGKILL)
+
+    started = light.up(end_it)
+
+    assert started == ["redis"]
+    assert states(light) == dict.fromkeys(["redis", "stripe"], READY)
+    assert pids(light)["redis"] != ending
+
+
 def test_a_hanging_service_is_starting_not_ready(light):
     """A process that holds its port and answers nothing is told apart from one that is gone."""
     light.up()

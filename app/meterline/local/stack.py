@@ -144,23 +144,33 @@ class Stack:
         return self.state_dir / "logs" / f"{name}.log"
 
     def _start(self, service: Service, on_progress: Progress) -> None:
-        record = self._record(service)
-        if record is None:
+        found = self._record(service)
+        # A killed process is one until its last thread is gone: what was found may be ending already.
+        if found is None or not self._wait_ready(service, found, on_progress):
             command = service.prepare(lambda doing: on_progress(service.name, doing))
             if self._cancelled.is_set():
                 return
-            record = start_process(
+            started = start_process(
                 command, record_file=self._record_file(service), log_file=self.log_file(service.name)
             )
+            if not self._wait_ready(service, started, on_progress):
+                raise UserError(
+                    f"{service.name} ended while starting. Its log says:\n{self._log_tail(service)}"
+                )
+
+    def _wait_ready(self, service: Service, record: ProcessRecord, on_progress: Progress) -> bool:
+        """Wait until it is ready, or everything is cancelled; False if it ended before.
+
+        Raises:
+            UserError: it runs and doesn't become ready.
+        """
         on_progress(service.name, "starting")
         deadline = time.monotonic() + READY_TIMEOUT_S
         while not service.is_ready(record.pid):
             if self._cancelled.is_set():
-                return
+                return True
             if not is_alive(record):
-                raise UserError(
-                    f"{service.name} ended while starting. Its log says:\n{self._log_tail(service)}"
-                )
+                return False
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{service.name} is not ready after {READY_TIMEOUT_S:.0f} s. Its log "
@@ -168,6 +178,7 @@ class Stack:
                 )
             self._cancelled.wait(POLL_INTERVAL_S)
         on_progress(service.name, READY)
+        return True
 
     def _stop_all(self, services: Sequence[Service], on_progress: Progress) -> None:
         with ThreadPoolExecutor(max(1, len(services))) as pool:
