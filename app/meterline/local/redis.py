@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from redis import Redis as RedisClient
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
 from meterline.errors import UserError
 from meterline.local.ports import HOST, Ports
@@ -55,7 +57,10 @@ class Redis:
     def is_ready(self, pid: int) -> bool:
         """It has loaded its data, and is the process that was started."""
         try:
-            with RedisClient(host=HOST, port=self._port, socket_timeout=PROBE_TIMEOUT_S) as client:
+            once = Retry(NoBackoff(), 0)  # the stack asks again: the client's own back-off takes seconds
+            with RedisClient(
+                host=HOST, port=self._port, socket_timeout=PROBE_TIMEOUT_S, retry=once
+            ) as client:
                 return client.ping() is True and client.info("server")["process_id"] == pid
         except RedisError:
             return False
