@@ -33,6 +33,8 @@ __all__ = [
     "QUOTA_PERIODS_BEGUN",
     "QUOTA_TOTALS",
     "QUOTA_UNCOVERED_MICRO",
+    "SPOOL_REFUSED",
+    "SPOOL_WAITING_BYTES",
     "STRIPE_REQUESTS",
     "STRIPE_SENDING_STOPPED",
     "USAGE_RECORDS_HELD",
@@ -154,3 +156,10 @@ QUOTA_BREAKER_OPEN = Gauge("meterline_quota_breaker_open", "1 while Redis is not
 QUOTA_UNCOVERED_MICRO = Counter(
     "meterline_quota_uncovered_micro", "Micro-credits of work a policy allowed while nobody could decide."
 )
+
+# -- the spool, in the processes that meter tasks
+
+SPOOL_WAITING_BYTES = Gauge(
+    "meterline_spool_waiting_bytes", "Finished usage on the disk that is not known to be in Kafka."
+)
+SPOOL_REFUSED = Counter("meterline_spool_refused", "Tasks not begun: the spool, or its disk, is full.")

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from meterline import metrics
 from meterline.task import admission as admission_module
 from meterline.task import segments as segments_module
 from meterline.task import spool as spool_module
@@ -455,3 +456,32 @@ def test_a_slot_that_was_drained_to_its_end_takes_more(slot):
     keep(again, [b"b"])
 
     assert records(again) == [b"b"]
+
+
+def test_metrics_tell_what_waits_of_all_spools_of_a_process(slot, tmp_path):
+    """Two are drained by one process; one that is closed with a rest is no longer this process'."""
+    before = metrics.SPOOL_WAITING_BYTES._value.get()
+
+    def waiting():
+        return metrics.SPOOL_WAITING_BYTES._value.get() - before
+
+    other = tmp_path / "other"
+    other.mkdir()
+    own, found = started(slot), started(other)
+    keep(own, [b"one"])
+    keep(found, [b"two"])
+    both = own.waiting_bytes + found.waiting_bytes
+    seen = [waiting()]
+    own.drained(own.read().end)
+    seen.append(waiting())
+    rest = found.waiting_bytes
+    found.close()
+    seen.append(waiting())
+    again = Spool(other, MIB)
+    seen.append(waiting())
+    own.close()
+    again.close()
+
+    assert both > rest > 0
+    assert seen == [both, rest, 0, rest]
+    assert waiting() == 0

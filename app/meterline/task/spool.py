@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
+from meterline import metrics
 from meterline.task.admission import Admission
 from meterline.task.errors import SpoolFailed, SpoolFull
 from meterline.task.extents import Extents
@@ -77,7 +78,8 @@ class Spool:
         """Guards all below but the open file, which is the writing thread's."""
         self._extents = Extents(found.begins, found.ends, found.newest)
         self._drained = self._read = self._extents.onward(found.drained)
-        self._waiting_bytes = self._extents.bytes_from(self._drained)
+        self._waiting_bytes = 0
+        self._set_waiting(self._extents.bytes_from(self._drained))
         self._admission = Admission(slot, bytes_max, 2 * self._segment_bytes)
         self._queue: deque[_Append] = deque()
         self._closing = False
@@ -124,7 +126,11 @@ class Spool:
         with self._changed:
             if self._failure is not None or self._closing:
                 raise SpoolFailed(f"the spool {self.slot} takes nothing: {self._failure or 'it is closed'}")
-            self._admission.admit(self._waiting_bytes)
+            try:
+                self._admission.admit(self._waiting_bytes)
+            except SpoolFull:
+                metrics.SPOOL_REFUSED.inc()
+                raise
 
     def release(self) -> None:
         """The task ended, whatever became of it."""
@@ -177,7 +183,7 @@ class Spool:
         with self._changed:
             assert self._drained <= place <= self._extents.last()
             self._drained = self._extents.onward(place)
-            self._waiting_bytes = self._extents.bytes_from(self._drained)
+            self._set_waiting(self._extents.bytes_from(self._drained))
 
     def mark(self) -> None:
         """Make durable what `drained` said, and free the segments that are done with.
@@ -204,6 +210,7 @@ class Spool:
             self._changed.notify_all()
         if self._writer is not None:
             self._writer.join()
+        metrics.SPOOL_WAITING_BYTES.dec(self._waiting_bytes)  # whoever opens it next tells of the rest
         try:
             if self._file >= 0:
                 self._seal()
@@ -213,6 +220,10 @@ class Spool:
             return
         if not self._waiting_bytes:
             segment_path(self.slot, self._drained.segment).unlink(missing_ok=True)
+
+    def _set_waiting(self, size: int) -> None:
+        metrics.SPOOL_WAITING_BYTES.inc(size - self._waiting_bytes)  # a process may drain several spools
+        self._waiting_bytes = size
 
     def _write(self) -> None:
         while True:
@@ -265,7 +276,7 @@ class Spool:
         os.fdatasync(self._file)  # its room was taken before: the length doesn't change
         with self._changed:
             self._extents.grow(number, size)
-            self._waiting_bytes += size
+            self._set_waiting(self._waiting_bytes + size)
             self._admission.room_again()
 
     def _roll(self, size: int) -> None:
