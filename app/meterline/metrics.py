@@ -100,7 +100,8 @@ PARTITION_HALTED = Gauge("meterline_partition_halted", "1 where a partition stop
 # A process that is fenced ends before anybody can ask it: the number is kept in its data folder.
 FATAL_EXITS = Counter(
     "meterline_fatal_exits",
-    "Ends with exit code 9 in this data folder: a commit was refused (fenced) or its outcome is unknown.",
+    "Ends with exit code 9 in this data folder: a commit was refused (fenced), its outcome is unknown, or "
+    "the process had lost its part in the group.",
 )
 
 # -- billing

@@ -18,6 +18,7 @@ import mode
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.consumer import fetcher
+from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.consumer.subscription_state import (
     Assignment,
     SubscriptionState,
@@ -74,6 +75,7 @@ SIGNATURES = {
     driver.Consumer.seek_wait: "partitions",
     driver.Consumer.assignment: "",
     Assignment.state_value: "tp",
+    GroupCoordinator.check_errors: "",
     AIOKafkaProducer.begin_transaction: "",
     AIOKafkaProducer.commit_transaction: "",
     AIOKafkaProducer.create_batch: "",
@@ -88,9 +90,9 @@ OVERRIDES = [
     (
         CommittedChunksThread,
         driver.AIOKafkaConsumerThread,
-        {"_current_assignment", "_known_positions", "caught_up", "log_end"},
+        {"_current_assignment", "_known_positions", "caught_up", "group_failure", "log_end"},
     ),
-    (ChunkConsumer, driver.Consumer, {"_positions", "caught_up", "log_end", "seek_soon"}),
+    (ChunkConsumer, driver.Consumer, {"_positions", "caught_up", "group_failure", "log_end", "seek_soon"}),
     (ChunkTransport, driver.Transport, set()),
     (CommittedTables, TableManager, set()),
     (CommittedTable, faust.Table, {"apply_committed"}),

@@ -14,10 +14,20 @@ from tests.stacks import own_stack
 from tests.worker_processes import ALL, until
 
 from meterline.local.ports import HOST, free_ports
+from meterline.streaming.fatal import EXIT_FENCED_OR_UNKNOWN
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(200)]
 
 TERM_S_MAX = 8.0
+FORSAKEN = """
+from faust.assignor.partition_assignor import PartitionAssignor
+from meterline.cli.main import main
+def assign(*_):
+    raise AssertionError("planted")
+PartitionAssignor.assign = assign
+main()
+"""
+"""A worker whose part in its group ends in an unexpected error."""
 FAUST = [str(Path(sys.executable).with_name("faust")), "-A", "meterline.metering.worker", "worker"]
 
 
@@ -56,6 +66,14 @@ def test_fausts_own_option_names_the_port(worker):
 
     assert refused != 0
     assert worker.terminate() == 0
+
+
+def test_a_worker_whose_part_in_its_group_ended_does_not_stay(worker):
+    """No partition would ever come to it again, and its pages would say that it lives."""
+    worker.start(command=[sys.executable, "-c", FORSAKEN, "worker", "metering"])
+
+    assert worker.wait() == EXIT_FENCED_OR_UNKNOWN
+    assert "planted" in worker.log_file.read_text()
 
 
 @pytest.mark.parametrize("command", [(), FAUST], ids=["meterline", "faust"])

@@ -27,7 +27,7 @@ from meterline.streaming.broker_log import KafkaLog
 from meterline.streaming.chunks import RecordChunkSchema
 from meterline.streaming.consumer import ChunkTransport
 from meterline.streaming.engine import Engine, EngineLimits
-from meterline.streaming.fatal import remember_exits
+from meterline.streaming.fatal import die, remember_exits
 from meterline.streaming.log_ranges import topic_partition_counts
 from meterline.streaming.owner import PartitionOwner
 from meterline.streaming.tables import CommittedTable, CommittedTables
@@ -114,6 +114,7 @@ class WorkerApp(faust.App):
             log_end=consumer.log_end,
         )
         table.take_over = self.engine.take_over
+        self.add_future(self._watch_group())
         await super().on_start()
 
     async def on_stop(self) -> None:
@@ -121,6 +122,14 @@ class WorkerApp(faust.App):
         await self.engine.stop()
         await self.plan.close()
         await super().on_stop()
+
+    async def _watch_group(self) -> None:
+        """End the process when its part in the group has ended. Before the first assignment, too."""
+        consumer: Any = self.consumer
+        while not self.should_stop:
+            if (failure := consumer.group_failure()) is not None:
+                die("its part in the group has ended: no partition would come any more", failure)
+            await asyncio.sleep(1.0)
 
     kafka: KafkaSettings
 

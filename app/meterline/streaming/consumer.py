@@ -119,6 +119,20 @@ class CommittedChunksThread(driver.AIOKafkaConsumerThread):
         state = assignment.state_value(tp) if assignment is not None else None
         return cast("int | None", state.highwater) if state is not None else None
 
+    def group_failure(self) -> Exception | None:
+        """What ended this member's part in its group, if anything did.
+
+        aiokafka hands it to whoever asks for records through its own methods, and waits for that; Faust asks
+        the fetcher. The member would stay, and never get a partition again.
+        """
+        coordinator = getattr(self._consumer, "_coordinator", None)
+        try:
+            if coordinator is not None:
+                coordinator.check_errors()
+        except Exception as error:  # noqa: BLE001 - whatever it was
+            return error
+        return None
+
     def caught_up(self, tp: Any, delivered_until: int) -> CaughtUp | None:
         """Where the partition stands if everything was read and delivered; otherwise None.
 
@@ -191,6 +205,10 @@ class ChunkConsumer(driver.Consumer):
                 thread = cast(CommittedChunksThread, self._thread)
                 return thread.caught_up(tp, delivered_until)
         return None
+
+    def group_failure(self) -> Exception | None:
+        """See CommittedChunksThread."""
+        return cast(CommittedChunksThread, self._thread).group_failure()
 
     def log_end(self, partition: int) -> int | None:
         """Offset the next record will get, as the broker's newest answer told; None: not known."""

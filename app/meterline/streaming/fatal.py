@@ -1,4 +1,4 @@
-"""The one way out when the outcome of a commit is unknown: end the process at once."""
+"""The one way out when the outcome of a commit is unknown, or no work can come: end the process at once."""
 
 from __future__ import annotations
 
