@@ -83,10 +83,19 @@ class Stripe:
             return None if lost == "after" else Answer.DUPLICATE
         self.known[record.identifier] = now
         if lost == "reject":
-            self.notices.append(Notice(now // 1000, record.idempotency_key, "meter_event_invalid_value: no"))
+            self.reject(record, now)
         else:
             self.counted.append((record, now))
         return None if lost == "after" else Answer.ACCEPTED
+
+    def reject(self, record, now):
+        """After it was accepted."""
+        self.notices.append(Notice(now // 1000, record.idempotency_key, "meter_event_invalid_value: no"))
+
+    def take_back(self, record, now):
+        """Reject what summaries have shown already."""
+        self.counted = [(one, at) for one, at in self.counted if one is not record]
+        self.reject(record, now)
 
     def units(self):
         """By client, whatever the period."""
