@@ -145,7 +145,7 @@ class World:
         self.changelog, self.steps = {}, {}
         self.places, self.dies_at, self.dead, self.halted = 0, None, False, ""
         self.reserved, self.busy, self.refused = set(), Counter(), 0
-        self.epoch, self.orders = 0, []
+        self.epoch, self.orders, self.meter_ids = 0, [], {"credits": "mtr_1"}
 
     # -- the log
 
@@ -298,6 +298,7 @@ class World:
             settings,
             CODEC,
             METERS,
+            self.meter_ids,
             clients=self,
             reader=self,
             writer=self,

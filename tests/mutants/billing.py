@@ -109,6 +109,15 @@ MUTANTS = [
         speaks_of=r"stripe\.units\(\) == ",
     ),
     Mutant(
+        name="another-account",
+        removes="the key of another account, or of a wiped one, is as good: units go where nobody pays them",
+        edits=[
+            Edit(OWNER, "            if name in used and known != ids[name]:\n", "            if False:\n"),
+        ],
+        tests=[f"{GUARDS}::test_another_stripe_account_is_sent_no_unit"],
+        speaks_of=UNITS_AT_STRIPE,
+    ),
+    Mutant(
         name="older-snapshots",
         removes="a snapshot that comes again or late is taken for news: the window falls back to it",
         edits=[

@@ -72,6 +72,41 @@ def test_two_installations_on_one_account_both_arrive():
     assert stripe.units() == {client: 2 * units for client, units in ours.owed_units().items()}
 
 
+def test_two_installations_that_share_a_customer_are_told_and_move_no_unit():
+    """Stripe's sum is right. What neither sent is nobody's to take back: both say so, day by day."""
+    stripe = Stripe()
+    ours, theirs = World(stripe, "ours"), World(stripe, "theirs")
+    for world in (ours, theirs):
+        world.say("acme", 2, 3, 7_000_000)
+        world.work(until=NOW + MINUTE)
+
+    for world in (ours, theirs):
+        world.work(until=NOW + 40 * HOUR, every=HOUR)
+
+    assert stripe.units() == {"acme": 14}
+    assert [step["reason"] for world in (ours, theirs) for step in world.of_kind("held")] == [
+        "foreign_usage",
+        "foreign_usage",
+    ]
+
+
+def test_another_stripe_account_is_sent_no_unit():
+    """A key of another account, or one that was wiped: its meter is another one. Back again, it goes on."""
+    world = World()
+    world.say("acme", 2, 3, 7_000_000)
+    world.work(until=NOW + MINUTE)
+    world.say("acme", 1, 4, 2_000_000)
+    ours, world.stripe, world.meter_ids = world.stripe, Stripe(), {"credits": "mtr_2"}
+
+    world.work(until=world.clock.now + 40 * HOUR, every=HOUR)
+
+    assert world.stripe.units() == {}
+    assert "billed as mtr_1 at Stripe, the account of this key has mtr_2" in world.halted
+    world.stripe, world.meter_ids = ours, {"credits": "mtr_1"}
+    world.work()
+    assert world.stripe.units() == {"acme": 9}
+
+
 def test_a_lost_changelog_bills_nothing_again():
     """Stripe has forgotten the names by now, the ledger remembers the steps: a fresh start halts."""
     world = World()

@@ -58,25 +58,27 @@ def create_app(settings: Settings, clock: Clock | None = None) -> WorkerApp:
     reader = LedgerReader(settings.clickhouse)
     registry = ClientRegistry(settings)
 
-    def prepare() -> None:
+    def prepare() -> Mapping[str, str]:
         registry.start()
         registry.wait_until_caught_up(START_TIMEOUT_S)
         try:
             for attempt in stamina.retry_context(on=RetryLater, timeout=START_TIMEOUT_S, attempts=None):
                 with attempt:
-                    ensure_meters(client, meters.meters)
+                    return ensure_meters(client, meters.meters).ids
         except RetryLater as error:
             raise UserError(
                 f"{error}. Start the local stack with `meterline up`, or correct METERLINE_STRIPE__API_KEY "
                 "or METERLINE_STRIPE__SANDBOX_URL"
             ) from error
+        raise AssertionError("retries end with a return or an error")
 
     async def open_owners(_counts: Mapping[str, int]) -> Callable[[int], PartitionOwner]:
-        await asyncio.to_thread(prepare)
+        meter_ids = await asyncio.to_thread(prepare)
         parts = BillingParts(
             settings=billing,
             codec=RecordCodec("usage-window", settings.kafka.registry_url),
             meters=meters,
+            meter_ids=meter_ids,
             clients=registry,
             reader=LedgerVerifier(reader),
             writer=writer,
