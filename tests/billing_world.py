@@ -247,6 +247,12 @@ class World:
 
     # -- how it sends
 
+    def own(self, _):
+        pass
+
+    def disown(self, _):
+        pass
+
     def room(self):
         return 10
 
