@@ -60,7 +60,12 @@ class WindowFeed:
         # As metering writes it: a client's records go where Java's partitioner puts them.
         self._producer = Producer(
             settings.kafka.client_config()
-            | {"partitioner": "murmur2", "linger.ms": 20, "queue.buffering.max.messages": 1_000_000}
+            | {
+                "partitioner": "murmur2",
+                "linger.ms": 20,
+                "log_level": 0,
+                "queue.buffering.max.messages": 1_000_000,
+            }
         )
 
     def add_clients(self, names: Sequence[str], customers: Mapping[str, str] | None = None) -> None:
@@ -80,6 +85,10 @@ class WindowFeed:
 
     def say(self, usage: Iterable[tuple[str, int, int]]) -> None:
         """One more event in each of some hours: client, start of the hour, micro-credits."""
+        self.publish(self.record(usage))
+
+    def record(self, usage: Iterable[tuple[str, int, int]]) -> list[WindowSnapshot]:
+        """The first half of `say`: the events are in the ledger, their windows not said yet."""
         rows, snapshots = [], []
         for client_id, start, micro in usage:
             self._offset += 1
@@ -95,6 +104,10 @@ class WindowFeed:
         names, columns = columns_of(rows)
         listed = ", ".join(f"`{name}`" for name in names)
         self._ledger.execute(f"INSERT INTO events ({listed}) VALUES", columns, columnar=True)
+        return snapshots
+
+    def publish(self, snapshots: Iterable[WindowSnapshot]) -> None:
+        """The second half."""
         for snapshot in snapshots:
             value = self._windows.encode(snapshot_to_record(snapshot))
             self._producer.produce(USAGE_WINDOWS, value, snapshot.ref.client_id)
