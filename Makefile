@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint unit integration bench bench-quota mutants simulate prove-metering prove-quota lock clean
+.PHONY: demo test lint unit integration bench bench-quota bench-billing mutants simulate prove-metering prove-quota lock clean
 
 demo: $(READY)
 	$(BIN)/meterline demo
@@ -30,6 +30,9 @@ bench: $(READY)
 
 bench-quota: $(READY)
 	$(BIN)/python -m tests.bench.quota
+
+bench-billing: $(READY)
+	$(BIN)/python -m tests.bench.billing
 
 # Safeguards taken out of a copy, one at a time: each must turn a test red that counts credits.
 mutants: $(READY)

@@ -83,10 +83,19 @@ class Stripe:
             return None if lost == "after" else Answer.DUPLICATE
         self.known[record.identifier] = now
         if lost == "reject":
-            self.notices.append(Notice(now // 1000, record.idempotency_key, "meter_event_invalid_value: no"))
+            self.reject(record, now)
         else:
             self.counted.append((record, now))
         return None if lost == "after" else Answer.ACCEPTED
+
+    def reject(self, record, now):
+        """After it was accepted."""
+        self.notices.append(Notice(now // 1000, record.idempotency_key, "meter_event_invalid_value: no"))
+
+    def take_back(self, record, now):
+        """Reject what summaries have shown already."""
+        self.counted = [(one, at) for one, at in self.counted if one is not record]
+        self.reject(record, now)
 
     def units(self):
         """By client, whatever the period."""
@@ -136,7 +145,7 @@ class World:
         self.changelog, self.steps = {}, {}
         self.places, self.dies_at, self.dead, self.halted = 0, None, False, ""
         self.reserved, self.busy, self.refused = set(), Counter(), 0
-        self.epoch, self.orders = 0, []
+        self.epoch, self.orders, self.meter_ids = 0, [], {"credits": "mtr_1"}
 
     # -- the log
 
@@ -238,6 +247,12 @@ class World:
 
     # -- how it sends
 
+    def own(self, _):
+        pass
+
+    def disown(self, _):
+        pass
+
     def room(self):
         return 10
 
@@ -289,6 +304,7 @@ class World:
             settings,
             CODEC,
             METERS,
+            self.meter_ids,
             clients=self,
             reader=self,
             writer=self,

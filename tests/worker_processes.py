@@ -77,6 +77,19 @@ class WorkerProcess:
         status, answer = self.get_json("/healthz/ready")
         return status == 200 and answer["partitions"] != []
 
+    def halts(self) -> list[str]:
+        """Why partitions halted, when it has looked at all of them."""
+        found: list[str] = []
+
+        def looked() -> bool:
+            assert self.process.poll() is None, self.log_tail()
+            status, answer = self.get_json("/healthz/ready")
+            found[:] = answer.get("problems", [])
+            return status == 503 and all(problem.startswith("partition ") for problem in found)
+
+        until(looked, "it says what is wrong")
+        return sorted(found)
+
     def partitions(self) -> list[int] | None:
         """Which it says it owns, restored; nothing while it doesn't answer."""
         return self.get_json("/healthz/ready")[1].get("partitions")

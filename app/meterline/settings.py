@@ -140,7 +140,9 @@ class BillingSettings(BaseModel):
     """Part of every identifier, so that two installations on one Stripe account never collide."""
     sending_paused: bool = False
     requests_per_second: float = Field(25.0, gt=0, le=1_000)
-    """Account-wide limit. Stripe allows 25/s in test mode, 1,000/s live."""
+    """Of the whole account: each worker takes the share of the partitions of usage.windows it owns. Stripe
+    allows 25/s in test mode, reads included, and 1,000 meter events a second live. Leave something to other
+    installations and programs on the account."""
     meters_file: str = ""
     """Which SKU counts on which Stripe meter; empty: the packaged file, every SKU on the meter `credits`."""
     flush_interval_ms: int = Field(150, ge=5, le=60_000)

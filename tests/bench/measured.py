@@ -116,8 +116,8 @@ def measure_ours(
     """
     work.publish(_producer(bootstrap), USAGE_EVENTS, slice(None))
     command = [str(Path(sys.executable).with_name("meterline")), "worker", "metering"]
-    with _started([*command, "--web-port", str(web_port)], environment, log_file) as worker:
-        worker.wait(lambda: int(_is_ready(web_port)), 1, START_TIMEOUT_S, READY_POLL_INTERVAL_S)
+    with started([*command, "--web-port", str(web_port)], environment, log_file) as worker:
+        worker.wait(lambda: int(is_ready(web_port)), 1, START_TIMEOUT_S, READY_POLL_INTERVAL_S)
         clock, cpu_s = time.monotonic(), worker.cpu_s()
         worker.wait(lambda: _events_of_worker(web_port), len(work.messages), RUN_TIMEOUT_S)
         return Measurement(
@@ -146,7 +146,7 @@ def measure_stock(work: Workload, bootstrap: str, name: str, log_file: Path) -> 
     }
     watcher = Consumer({"bootstrap.servers": bootstrap, "group.id": f"{name}-watcher"})
     try:
-        with _started(command, environment, log_file) as worker:
+        with started(command, environment, log_file) as worker:
             return _measure(worker, work, bootstrap, name, lambda: _records(watcher, changelog))
     finally:
         watcher.close()
@@ -184,7 +184,8 @@ def _producer(bootstrap: str) -> Producer:
     )
 
 
-def _is_ready(web_port: int) -> bool:
+def is_ready(web_port: int) -> bool:
+    """Whether a worker has its partitions."""
     try:
         with urllib.request.urlopen(f"http://{HOST}:{web_port}/healthz/ready", timeout=10):
             return True
@@ -229,7 +230,7 @@ def _create_topics(bootstrap: str, source: str, changelog: str) -> None:
 
 
 @contextmanager
-def _started(command: list[str], environment: Mapping[str, str], log_file: Path) -> Iterator[Worker]:
+def started(command: list[str], environment: Mapping[str, str], log_file: Path) -> Iterator[Worker]:
     """A process of its own session, so that a Ctrl-C is ours to handle; always stopped."""
     with log_file.open("wb") as log:
         process = subprocess.Popen(

@@ -399,3 +399,23 @@ def test_closing_frees_whoever_still_waits():
             await waiting
 
     asyncio.run(run())
+
+
+def test_closing_while_the_connection_breaks_off_ends_in_peace(ledger):
+    """The thread that inserts puts a broken connection away itself, perhaps at this very moment."""
+
+    async def run():
+        writer = LedgerWriter(ledger)
+        await writer.insert(EVENTS, *columns_of([event(1)]))
+        connection = writer._client.connection
+        connected = connection.socket
+
+        class Breaking:
+            def shutdown(self, _how):
+                connected.close()
+                connection.reset_state()
+
+        connection.socket = Breaking()
+        await writer.close()
+
+    asyncio.run(run())

@@ -37,20 +37,6 @@ def work_and_leave(stack, traffic, worker):
     assert worker.terminate() == 0
 
 
-def problems_of(worker):
-    """What it isn't ready for, when it has looked at all partitions."""
-    found = []
-
-    def looked():
-        assert worker.process.poll() is None, worker.log_tail()
-        status, answer = worker.get_json("/healthz/ready")
-        found[:] = answer.get("problems", [])
-        return status == 503 and all(problem.startswith("partition ") for problem in found)
-
-    until(looked, "it says what is wrong")
-    return sorted(found)
-
-
 def test_another_window_length_halts_every_partition(stack, traffic, worker):
     """Windows of two lengths can't be added up: 503 with both and the setting; the old one goes on."""
     work_and_leave(stack, traffic, worker)
@@ -59,7 +45,7 @@ def test_another_window_length_halts_every_partition(stack, traffic, worker):
     worker.start()
     traffic.publish(50)
 
-    assert problems_of(worker) == [
+    assert worker.halts() == [
         f"partition {p} halted: usage.events-{p}: its windows are {WINDOW_MS} ms long, the setting says "
         f"2000. Set METERLINE_METERING__WINDOW_LENGTH_MS={WINDOW_MS}"
         for p in ALL
@@ -101,8 +87,8 @@ def test_a_flood_of_dead_letters_halts_and_is_not_sent(stack, traffic, worker):
     flood(stack, 150, clients=40)
     worker.start()
 
-    until(lambda: len(problems_of(worker)) == len(ALL), "every partition halts")
-    assert all("are dead letters, of" in problem for problem in problems_of(worker))
+    until(lambda: len(worker.halts()) == len(ALL), "every partition halts")
+    assert all("are dead letters, of" in problem for problem in worker.halts())
     sent = len(committed(stack, "usage.events.dlq"))
     assert sent <= 100 * len(ALL)
     code, told = account(stack)
@@ -144,7 +130,7 @@ def test_records_gone_uncounted_halt_their_partition_alone(stack, traffic, worke
         f"their source where you can. To go on without them: meterline repair state {gone} --accept-gap "
         f"{applied[gone] + 1}..{start - 1} --reason WHY"
     )
-    assert problems_of(worker) == [why]
+    assert worker.halts() == [why]
     others = [partition for partition in ALL if partition != gone]
     assert worker.partitions() == others
     traffic.publish(200)

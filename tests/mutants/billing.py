@@ -109,6 +109,15 @@ MUTANTS = [
         speaks_of=r"stripe\.units\(\) == ",
     ),
     Mutant(
+        name="another-account",
+        removes="the key of another account, or of a wiped one, is as good: units go where nobody pays them",
+        edits=[
+            Edit(OWNER, "            if name in used and known != ids[name]:\n", "            if False:\n"),
+        ],
+        tests=[f"{GUARDS}::test_another_stripe_account_is_sent_no_unit"],
+        speaks_of=UNITS_AT_STRIPE,
+    ),
+    Mutant(
         name="older-snapshots",
         removes="a snapshot that comes again or late is taken for news: the window falls back to it",
         edits=[
@@ -172,6 +181,27 @@ MUTANTS = [
         speaks_of=UNITS_AT_STRIPE,
     ),
     Mutant(
+        name="fencing-in-billing",
+        removes="an owner that the broker refuses goes on: two workers bill one window under two names",
+        edits=[
+            Edit(
+                OWNER,
+                "            await self._commit(Commit(changes, (), state.meta.applied_offset))\n"
+                "        for _ in batch:\n",
+                "            with suppress(Exception):\n"
+                "                await self._commit(Commit(changes, (), state.meta.applied_offset))\n"
+                "        for _ in batch:\n",
+            ),
+            Edit(
+                OWNER,
+                "from collections.abc import Iterable, Mapping, Sequence\n",
+                "from collections.abc import Iterable, Mapping, Sequence\nfrom contextlib import suppress\n",
+            ),
+        ],
+        tests=[f"{GUARDS}::test_a_stalled_owner_bills_nothing"],
+        speaks_of=UNITS_AT_STRIPE,
+    ),
+    Mutant(
         name="fresh-commit",
         removes="a stalled owner sends what it committed long ago, after somebody else took over",
         edits=[
@@ -211,6 +241,33 @@ MUTANTS = [
         edits=[Edit(BOOKS, "suspect=True))", "suspect=False))")],
         tests=[f"{GUARDS}::test_a_notice_of_a_rejection_brings_the_units_onto_their_own_invoice"],
         speaks_of=r"invoiced_units",
+    ),
+    Mutant(
+        name="suspect-after-it-was-confirmed",
+        removes="a day that was confirmed stays so, whatever Stripe rejects of it later: its units are lost",
+        edits=[
+            Edit(
+                BOOKS,
+                "        if what.confirmed and not what.suspect and not unknown:\n",
+                "        if what.confirmed and not unknown:\n",
+            ),
+        ],
+        tests=[f"{GUARDS}::test_a_rejection_after_the_day_was_confirmed_is_made_good"],
+        speaks_of=UNITS_AT_STRIPE,
+    ),
+    Mutant(
+        name="suspect-waits-too",
+        removes="a notice is reason enough to believe the summary of the moment: what it doesn't show yet is "
+        "told twice",
+        edits=[
+            Edit(
+                BOOKS,
+                "        if now_ms - what.last_attempt_at < ABSENCE_MS:\n",
+                "        if now_ms - what.last_attempt_at < ABSENCE_MS and not what.suspect:\n",
+            ),
+        ],
+        tests=[f"{GUARDS}::test_a_young_attempt_is_not_taken_for_missing"],
+        speaks_of="units_counted",
     ),
     Mutant(
         name="settled-at-once",

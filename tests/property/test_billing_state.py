@@ -78,6 +78,7 @@ changes = st.one_of(
     ),
     st.tuples(st.just("drop_days"), accounts),
     st.tuples(st.just("use_meter"), texts, st.builds(MeterTerms, texts, numbers)),
+    st.tuples(st.just("set_meter_id"), texts, texts),
     st.tuples(st.just("set_order"), texts, numbers),
     st.tuples(st.just("set_record"), records),
     st.tuples(
@@ -173,7 +174,7 @@ def test_state_without_meta_or_of_another_version_or_kind_halts():
 
     with pytest.raises(PartitionHalted, match=f"partition {PARTITION} has 1 keys and no META"):
         BillingState.decode(PARTITION, {key: changelog[key] for key in changelog if key != meta_key})
-    with pytest.raises(PartitionHalted, match="format 9; this version reads up to 2"):
-        BillingState.decode(PARTITION, {meta_key: changelog[meta_key].replace(b",2,0]", b",9,0]")})
+    with pytest.raises(PartitionHalted, match="format 9; this version reads up to 3"):
+        BillingState.decode(PARTITION, {meta_key: changelog[meta_key].replace(b",3,0]", b",9,0]")})
     with pytest.raises(PartitionHalted, match="unknown kind b'Z'"):
         BillingState.decode(PARTITION, changelog | {b"Z" + meta_key[1:]: b"[]"})

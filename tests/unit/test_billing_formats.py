@@ -1,4 +1,4 @@
-"""A state of format 1 is read on: its accounts keep their credits and units, its open records their names."""
+"""An older state is read on: its accounts keep their credits and units, its open records their names."""
 
 from __future__ import annotations
 
@@ -64,11 +64,24 @@ def test_accounts_of_several_map_versions_become_one():
 
 
 def test_what_was_brought_up_to_date_is_read_back():
-    """The next worker finds format 2, and nothing of format 1."""
+    """The next worker finds the newest format, and nothing of format 1."""
     changelog = former(["acme", "credits", 2, 0, 30 * DAY, 6_500_000, 6])
     state = read(changelog)
 
     assert BillingState.decode(0, changelog) == state
+
+
+def test_format_2_stays_as_it_is_but_for_its_number():
+    """Its days were counted when they were sent, and are not counted once more."""
+    changelog = former(["acme", "credits", 2, 0, 30 * DAY, 6_500_000, 6])
+    read(changelog)
+    changelog[key(b"M")] = json.dumps(["topic", "local", 2, "digest", 41, 7, 2]).encode()
+    before = BillingState.decode(0, changelog)
+
+    state = read(changelog)
+
+    assert (state.days_of, state.accounts) == (before.days_of, before.accounts)
+    assert state.meta.format_version == FORMAT_VERSION
 
 
 def test_units_that_the_meters_file_cannot_explain_halt():

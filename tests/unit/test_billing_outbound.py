@@ -48,6 +48,13 @@ class FakeSender:
     def __init__(self):
         self.space, self.busy, self.sent, self.released = 10, set(), [], []
         self.answer = Outcome(Answer.ACCEPTED, request_id="req_1")
+        self.owned = set()
+
+    def own(self, partition):
+        self.owned.add(partition)
+
+    def disown(self, partition):
+        self.owned.remove(partition)
 
     def room(self):
         return self.space
@@ -313,7 +320,7 @@ def test_a_lost_partition_gives_its_reservations_back():
     bench.outbound.close()
 
     assert bench.sender.released == [("cus_1", "credits")]
-    assert bench.sender.sent == []
+    assert (bench.sender.sent, bench.sender.owned) == ([], set())
 
 
 def test_a_bug_while_sending_ends_the_next_flush():

@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import parse_qs
@@ -15,7 +16,8 @@ import pytest
 
 from meterline.billing.clock import StripeClock
 from meterline.billing.outcomes import Answer
-from meterline.billing.send import FRESH_S, RateLimit, StripeSender, stripe_client
+from meterline.billing.pace import Pace
+from meterline.billing.send import FRESH_S, StripeSender, stripe_client
 from meterline.domain.usage_records import UsageRecord
 from meterline.settings import StripeSettings
 
@@ -96,10 +98,17 @@ def stripe_server():
 
 @pytest.fixture
 def sender(stripe_server):
-    settings = StripeSettings(sandbox_url=f"http://127.0.0.1:{stripe_server.server_port}", timeout_s=0.3)
-    sender = StripeSender(stripe_client(settings, CLOCK), requests_per_second=1000, clock=CLOCK)
+    sender = sender_of(stripe_server, per_second=1000)
     yield sender
     sender.close()
+
+
+def sender_of(stripe_server, per_second):
+    """It owns the only partition there is."""
+    settings = StripeSettings(sandbox_url=f"http://127.0.0.1:{stripe_server.server_port}", timeout_s=0.3)
+    sender = StripeSender(stripe_client(settings, CLOCK), Pace(per_second), clock=CLOCK)
+    sender.own(0)
+    return sender
 
 
 def request(sender):
@@ -227,35 +236,40 @@ def test_one_request_at_a_time_for_a_customer_and_meter(stripe_server, sender):
     assert run(overlap())
 
 
-def test_the_rate_is_kept_over_time():
-    """At most a second's worth at once, then the rate; a long pause saves nothing up."""
-    now = [0.0]
-    limit = RateLimit(25.0, clock=lambda: now[0])
-    assert limit.available() == 25
-    limit.take(25)
-    now[0] += 0.2
-    assert limit.available() == 5
-    limit.take(5)
-    now[0] += 3600
+def test_a_lost_partition_s_request_that_waits_for_its_turn_is_not_made(stripe_server):
+    """Its lane is free again, and nothing has left."""
+    sender = sender_of(stripe_server, per_second=0.1)
 
-    assert limit.available() == 25
+    async def lose():
+        other = replace(RECORD, customer="cus_2")
+        await _send(sender)
+        assert sender.reserve(other.lane)
+        waiting = asyncio.ensure_future(sender.send(other, CLOCK.boot_s()))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        return sender.reserve(other.lane)
+
+    assert run(lose())
+    assert len(stripe_server.requests) == 1
+    sender.close()
 
 
-def test_a_slow_rate_still_sends():
-    """Less than one request a second: one token, then a wait."""
-    now = [0.0]
-    limit = RateLimit(0.5, clock=lambda: now[0])
-    limit.take(1)
-    now[0] += 1.0
-    assert limit.available() == 0
-    now[0] += 1.0
+def test_a_sender_has_room_for_the_partitions_it_owns(stripe_server):
+    """And none when they are gone."""
+    sender = sender_of(stripe_server, per_second=1000)
+    assert sender.room() > 0
 
-    assert limit.available() == 1
+    sender.disown(0)
+
+    assert sender.room() == 0
+    sender.close()
 
 
 def test_a_paused_sender_has_no_room():
     """`sending_paused` keeps usage records as intents."""
-    sender = StripeSender(stripe_client(StripeSettings(), CLOCK), 25.0, clock=CLOCK, paused=True)
+    sender = StripeSender(stripe_client(StripeSettings(), CLOCK), Pace(25.0), clock=CLOCK, paused=True)
+    sender.own(0)
 
     assert sender.room() == 0
     sender.close()

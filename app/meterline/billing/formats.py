@@ -16,10 +16,11 @@ __all__ = ["bring_up_to_date"]
 def bring_up_to_date(
     state: BillingState, meters: Mapping[str, MeterTerms], customers: Mapping[str, str]
 ) -> None:
-    """Format 1 kept an account for each version of the meters file and none for each customer, and no days.
+    """The newest format from the next commit on; nothing else is read from the older one.
 
-    Its units that landed are `undated`: the day-by-day comparison leaves such an account alone, its invoice
-    does not. Format 2 from the next commit on; nothing else is read from the older one.
+    Format 1 kept an account for each version of the meters file and none for each customer, and no days. Its
+    units that landed are `undated`: the day-by-day comparison leaves such an account alone, its invoice does
+    not. Format 2 did not know Stripe's ids of the meters; they are learnt from the account of the moment.
 
     Args:
         state: as it was decoded.
@@ -29,8 +30,15 @@ def bring_up_to_date(
     Raises:
         PartitionHalted: an account's units are not those of the meters file's unit.
     """
-    if state.meta.format_version == FORMAT_VERSION:
-        return
+    if state.meta.format_version == 1:
+        _read_format_1(state, meters, customers)
+    if state.meta.format_version < FORMAT_VERSION:
+        state.set_meta(replace(state.meta, format_version=FORMAT_VERSION))
+
+
+def _read_format_1(
+    state: BillingState, meters: Mapping[str, MeterTerms], customers: Mapping[str, str]
+) -> None:
     told: dict[tuple[str, str, int, int], str] = {
         (record.client_id, record.meter, record.period_start, record.period_end): record.customer
         for record in state.records.values()
@@ -63,4 +71,3 @@ def bring_up_to_date(
             attempted = day.attempted + max(0, record.value)
             day = replace(day, attempted=attempted, last_attempt_at=record.first_attempt_at)
             state.set_day(record.account, record.day, day)
-    state.set_meta(replace(state.meta, format_version=FORMAT_VERSION))

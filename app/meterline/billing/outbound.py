@@ -36,6 +36,12 @@ log = get_logger(__name__)
 class Sender(Protocol):
     """What is needed of `send.StripeSender`."""
 
+    def own(self, partition: int) -> None:
+        """Requests of this partition will be made; its part of the account's limit is ours."""
+
+    def disown(self, partition: int) -> None:
+        """No more."""
+
     def room(self) -> int:
         """How many requests may be reserved now."""
 
@@ -78,6 +84,7 @@ class Outbound:
         self._calls: set[asyncio.Task[None]] = set()
         self._answers: list[tuple[UsageRecord, Outcome]] = []
         self._broken: BaseException | None = None
+        sender.own(state.partition)
         for record in state.records.values():
             if not record.held_reason:
                 self.push(record)
@@ -144,6 +151,7 @@ class Outbound:
         self._reserved.clear()
         for call in self._calls:
             call.cancel()
+        self._sender.disown(self._state.partition)
 
     async def _call(self, record: UsageRecord, committed_at: float) -> None:
         try:

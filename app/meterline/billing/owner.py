@@ -70,11 +70,16 @@ class Reader(WindowReader, RecordFinder, OrderReader, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BillingParts:
-    """What the partitions of a worker share."""
+    """What the partitions of a worker share.
+
+    Attributes:
+        meter_ids: Stripe's own id of each meter of the meters file, by its name there.
+    """
 
     settings: BillingSettings
     codec: RecordCodec
     meters: MeterMap
+    meter_ids: Mapping[str, str]
     clients: Clients
     reader: Reader
     writer: Writer
@@ -124,6 +129,8 @@ class BillingOwner(PartitionOwner):
         if committed is None or meta != committed.meta:
             self._state.set_meta(meta)
         bring_up_to_date(self._state, parts.meters.terms, self._customers())
+        for name, meter_id in parts.meter_ids.items():
+            self._state.set_meter_id(name, meter_id)
         if changes := self._state.take_changes():
             await commit(Commit(changes, (), meta.applied_offset))
         self._put_together()
@@ -223,6 +230,16 @@ class BillingOwner(PartitionOwner):
                 f"the meters file gives {', '.join(changed)} another event_name or unit than it was billed "
                 "with. Put them back, and give a new unit a meter of its own"
             )
+        ids = self._parts.meter_ids
+        for name, known in self._state.meter_ids.items():
+            if name in used and known != ids[name]:
+                raise PartitionHalted(
+                    f"meter {name} was billed as {known} at Stripe, the account of this key has {ids[name]} "
+                    f"of event name {now[name].event_name!r}: another account, or one that was wiped, or a "
+                    "meter made anew. What was told is not there. Set METERLINE_STRIPE__API_KEY (of a "
+                    "sandbox, METERLINE_STRIPE__SANDBOX_URL) to the account that was billed, or reactivate "
+                    "the meter. Another account needs an installation of its own"
+                )
 
     # -- records
 

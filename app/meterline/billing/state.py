@@ -5,6 +5,7 @@ Keys are one letter, the partition, and an id; values are JSON arrays (field ord
     M            Meta            where we are, and under which map and installation
     W window     Known           the last valued snapshot
     T meter      MeterTerms      a meter that was ever used: its name at Stripe and its unit stay
+    I meter      id              Stripe's own id of a meter: another one is another account
     A account    Account         C and U of a client, meter, period and customer
     D account+day Day            what Stripe is believed to hold of an account on one UTC day
     R record     UsageRecord     a usage record without a final outcome
@@ -31,7 +32,7 @@ from meterline.errors import PartitionHalted
 
 __all__ = ["FORMAT_VERSION", "BillingState", "Meta", "Row", "Waiting"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised with every change of the encodings below; a newer one than ours is not read, an older one is brought
 up to date by `formats`."""
 
@@ -102,6 +103,7 @@ class BillingState:
     meta: Meta
     windows: dict[str, Known] = field(default_factory=dict)
     meters: dict[str, MeterTerms] = field(default_factory=dict)
+    meter_ids: dict[str, str] = field(default_factory=dict)
     accounts: dict[AccountKey, Account] = field(default_factory=dict)
     days_of: dict[AccountKey, dict[int, Day]] = field(default_factory=dict)
     records: dict[str, UsageRecord] = field(default_factory=dict)
@@ -127,6 +129,12 @@ class BillingState:
         if name not in self.meters:
             self.meters[name] = terms
             self._changed[self._key(b"T", name.encode())] = _json(terms.event_name, terms.unit_micro)
+
+    def set_meter_id(self, name: str, meter_id: str) -> None:
+        """Remember which of Stripe's meters a meter is."""
+        if self.meter_ids.get(name) != meter_id:
+            self.meter_ids[name] = meter_id
+            self._changed[self._key(b"I", name.encode())] = _json(meter_id)
 
     def account(self, key: AccountKey) -> Account:
         """An account; one never set is empty."""
@@ -291,12 +299,14 @@ class BillingState:
             state._load(key[:1], key[5:], value)
         return state
 
-    def _load(self, kind: bytes, name: bytes, value: bytes) -> None:
+    def _load(self, kind: bytes, name: bytes, value: bytes) -> None:  # noqa: PLR0912 - one for each kind
         match kind:
             case b"W":
                 self.windows[name.hex()] = Known(*json.loads(value))
             case b"T":
                 self.meters[name.decode()] = MeterTerms(*json.loads(value))
+            case b"I":
+                (self.meter_ids[name.decode()],) = json.loads(value)
             case b"A":
                 values = json.loads(value)
                 if self.meta.format_version == 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import stripe
 
@@ -13,22 +14,33 @@ from meterline.domain.encoding import hash_hex
 from meterline.errors import RetryLater, UserError
 from meterline.logs import get_logger
 
-__all__ = ["ensure_meters"]
+__all__ = ["EnsuredMeters", "ensure_meters"]
 
 log = get_logger(__name__)
 
 
-def ensure_meters(client: stripe.StripeClient, meters: Iterable[Meter]) -> list[str]:
-    """Create what is missing; safe to run at the same time in several workers. Blocks.
+@dataclass(frozen=True, slots=True)
+class EnsuredMeters:
+    """The meters of the meters file, as Stripe has them.
 
-    Returns:
-        The names of the meters that were missing.
+    Attributes:
+        ids: name in the meters file -> id at Stripe, which no other account has.
+        created: names of those that were missing.
+    """
+
+    ids: Mapping[str, str]
+    created: Collection[str]
+
+
+def ensure_meters(client: stripe.StripeClient, meters: Iterable[Meter]) -> EnsuredMeters:
+    """Create what is missing; safe to run at the same time in several workers. Blocks.
 
     Raises:
         RetryLater: Stripe doesn't answer.
         UserError: a meter exists but counts otherwise, or Stripe refuses; the text says what to do.
     """
-    created: list[str] = []
+    ids: dict[str, str] = {}
+    created: set[str] = set()
     try:
         listed = client.v1.billing.meters.list({"limit": 100})
         there: dict[str, stripe.billing.Meter] = {}
@@ -38,16 +50,17 @@ def ensure_meters(client: stripe.StripeClient, meters: Iterable[Meter]) -> list[
         for meter in meters:
             existing = there.get(meter.event_name)
             if existing is None:
-                _create(client, meter)
-                created.append(meter.name)
+                ids[meter.name] = _create(client, meter)
+                created.add(meter.name)
             else:
                 _check(existing)
+                ids[meter.name] = existing.id
     except ANSWERLESS as error:
         raise _explained(error) from error
-    return created
+    return EnsuredMeters(ids, created)
 
 
-def _create(client: stripe.StripeClient, meter: Meter) -> None:
+def _create(client: stripe.StripeClient, meter: Meter) -> str:
     key = "mlmeter_" + hash_hex("meterline.stripe-meter.1", meter.event_name, meter.display_name)
     created = client.v1.billing.meters.create(
         {
@@ -60,6 +73,7 @@ def _create(client: stripe.StripeClient, meter: Meter) -> None:
         {"idempotency_key": key, "max_network_retries": 0},
     )
     log.info("meter created at Stripe", meter=meter.name, event_name=meter.event_name, id=created.id)
+    return created.id
 
 
 def _check(found: stripe.billing.Meter) -> None:

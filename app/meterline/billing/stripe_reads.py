@@ -18,7 +18,7 @@ from meterline.errors import RetryLater
 __all__ = ["Invoice", "Notice", "Reads", "StripeReads"]
 
 THREADS = 4
-"""Reads count towards the account's general limit, and Stripe wants few: they never crowd out sending."""
+"""Stripe wants few reads, and in test mode they count like meter events: they never crowd out sending."""
 MINUTE_MS = 60_000
 INVOICES_SINCE_S = 4 * 86_400
 """An invoice is created when its period has ended; with three days of grace it is found within this."""

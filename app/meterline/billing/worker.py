@@ -15,6 +15,7 @@ from meterline.billing.clock import Clock, StripeClock
 from meterline.billing.meters import load_meters
 from meterline.billing.notices import NoticeBoard
 from meterline.billing.owner import BillingOwner, BillingParts
+from meterline.billing.pace import Pace
 from meterline.billing.send import StripeSender, stripe_client
 from meterline.billing.stripe_meters import ensure_meters
 from meterline.billing.stripe_reads import StripeReads
@@ -52,31 +53,35 @@ def create_app(settings: Settings, clock: Clock | None = None) -> WorkerApp:
     meters = load_meters(billing.meters_file)
     clock = clock or StripeClock()
     client = stripe_client(settings.stripe, clock)
-    sender = StripeSender(client, billing.requests_per_second, clock=clock, paused=billing.sending_paused)
-    reads = StripeReads(client)
+    pace = Pace(billing.requests_per_second)
+    sender = StripeSender(client, pace, clock=clock, paused=billing.sending_paused)
+    reads = StripeReads(stripe_client(settings.stripe, clock, pace))
     writer = LedgerWriter(settings.clickhouse)
     reader = LedgerReader(settings.clickhouse)
     registry = ClientRegistry(settings)
 
-    def prepare() -> None:
+    def prepare() -> Mapping[str, str]:
         registry.start()
         registry.wait_until_caught_up(START_TIMEOUT_S)
         try:
             for attempt in stamina.retry_context(on=RetryLater, timeout=START_TIMEOUT_S, attempts=None):
                 with attempt:
-                    ensure_meters(client, meters.meters)
+                    return ensure_meters(client, meters.meters).ids
         except RetryLater as error:
             raise UserError(
                 f"{error}. Start the local stack with `meterline up`, or correct METERLINE_STRIPE__API_KEY "
                 "or METERLINE_STRIPE__SANDBOX_URL"
             ) from error
+        raise AssertionError("retries end with a return or an error")
 
-    async def open_owners(_counts: Mapping[str, int]) -> Callable[[int], PartitionOwner]:
-        await asyncio.to_thread(prepare)
+    async def open_owners(counts: Mapping[str, int]) -> Callable[[int], PartitionOwner]:
+        pace.partitions = counts[USAGE_WINDOWS]
+        meter_ids = await asyncio.to_thread(prepare)
         parts = BillingParts(
             settings=billing,
             codec=RecordCodec("usage-window", settings.kafka.registry_url),
             meters=meters,
+            meter_ids=meter_ids,
             clients=registry,
             reader=LedgerVerifier(reader),
             writer=writer,

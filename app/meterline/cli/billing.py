@@ -67,7 +67,7 @@ def apply() -> None:
     """Create at Stripe what the meters file has and Stripe lacks; refuse what counts otherwise there."""
     settings = load_settings()
     wanted = load_meters(settings.billing.meters_file)
-    created = ensure_meters(stripe_client(settings.stripe, StripeClock()), wanted.meters)
+    created = ensure_meters(stripe_client(settings.stripe, StripeClock()), wanted.meters).created
     for meter in wanted.meters:
         state = "created" if meter.name in created else "there"
         unit = f"1 unit = {meter.unit_credits} credits"

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -112,9 +114,15 @@ class LedgerWriter:
             if lane.task is not None:
                 lane.task.cancel()
             _fail(lane.waiting, WorkerMustExit("the ledger's writer was closed before ClickHouse answered"))
-        if self._client is not None:
-            self._client.disconnect()  # wakes the thread if it waits for an answer
+        client = self._client
+        if client is not None and (connected := client.connection.socket) is not None:
+            # Wakes the thread if it waits for an answer. It then puts the connection away itself: two who do
+            # that at the same time trip over each other.
+            with suppress(OSError):
+                connected.shutdown(socket.SHUT_RDWR)
         await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
+        if self._client is not None:
+            self._client.disconnect()
 
     async def _drain(self, lane: _Lane) -> None:
         """Send what waits, group by group, until nothing does."""
