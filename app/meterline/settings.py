@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from meterline.errors import UserError
@@ -86,18 +86,27 @@ class StripeSettings(BaseModel):
     """How billing speaks to Stripe.
 
     With the sandbox's key requests go to the local sandbox; with a real `sk_test_` or `rk_test_` key they
-    go to Stripe's own test mode. Live keys are refused until reconciliation exists.
+    go to Stripe's own test mode. A live key needs `live` beside it, so that real customers are never billed
+    by a key that was pasted into the wrong place.
     """
 
-    api_key: SecretStr = SecretStr(SANDBOX_API_KEY)
+    live: bool = False
+    """Bill real customers. Comes with a live key, or the worker doesn't start."""
+    api_key: SecretStr = Field(SecretStr(SANDBOX_API_KEY), validate_default=True)
     sandbox_url: str = "http://127.0.0.1:12111"
     timeout_s: float = 15.0
 
-    @field_validator("api_key")
+    @field_validator("api_key", mode="after")
     @classmethod
-    def _no_live_key(cls, key: SecretStr) -> SecretStr:
-        if "_live_" in key.get_secret_value():
-            raise ValueError("live Stripe keys are refused in this version; use an sk_test_ key")
+    def _live_on_purpose(cls, key: SecretStr, info: ValidationInfo) -> SecretStr:
+        is_live, live = "_live_" in key.get_secret_value(), info.data.get("live")
+        if is_live and live is False:
+            raise ValueError(
+                "a live key bills real customers. If that is meant, set METERLINE_STRIPE__LIVE=true as well; "
+                "otherwise use an sk_test_ key"
+            )
+        if live and not is_live:
+            raise ValueError("METERLINE_STRIPE__LIVE is set, but this is no live key")
         return key
 
     @property
@@ -207,7 +216,7 @@ class Settings(BaseSettings):
     kafka: KafkaSettings = KafkaSettings()
     clickhouse: ClickHouseSettings = ClickHouseSettings()
     redis: RedisSettings = RedisSettings()  # type: ignore[call-arg]  # defaults stand in Field()
-    stripe: StripeSettings = StripeSettings()
+    stripe: StripeSettings = StripeSettings()  # type: ignore[call-arg]  # defaults stand in Field()
     metering: MeteringSettings = MeteringSettings()  # type: ignore[call-arg]  # defaults stand in Field()
     billing: BillingSettings = BillingSettings()  # type: ignore[call-arg]
     quota: QuotaSettings = QuotaSettings()  # type: ignore[call-arg]
