@@ -28,6 +28,7 @@ from meterline.metering.fast.fold import (
 )  # fmt: skip
 from meterline.metering.fast.hashing import HASH_FIELDS, Scratch, hash_records
 from meterline.metering.fast.index import ArrayIndex
+from meterline.metering.fast.memory import PADDING_BYTES
 from meterline.metering.fast.rows import Names, Rows
 from meterline.metering.fast.scan import (
     B_START,
@@ -52,6 +53,7 @@ from meterline.streaming.batches import BatchedRecords
 __all__ = ["BatchMeter"]
 
 UNKNOWN = -1
+PADDING = bytes(PADDING_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Scanned:
     """A chunk after the scan.
 
     Attributes:
-        data: bytes of all its batches.
+        data: bytes of all its batches, and some behind them.
         starts: where each batch begins in them.
         records: int64[records, FIELDS]: the meter's own array, which the next scan writes anew.
         odd: number of a record that is not ordinary -> what it is.
@@ -155,7 +157,7 @@ class BatchMeter(Meter):
     def _scan(self, chunk: BatchedRecords) -> Scanned | None:
         """Read each record by itself; None if the batches are not what their headers say."""
         batches = chunk.batches
-        data = np.frombuffer(b"".join(batch.payload for batch in batches), np.uint8)
+        data = np.frombuffer(b"".join([*(batch.payload for batch in batches), PADDING]), np.uint8)
         table = np.empty((len(batches), BATCH_FIELDS), np.int64)
         at = count = 0
         for number, batch in enumerate(batches):
@@ -334,7 +336,7 @@ class _Work:
 
 
 def _heads_array(heads: Sequence[bytes]) -> tuple[Any, Any]:
-    array = np.zeros((len(heads), HEAD_BYTES), np.uint8)
+    array = np.zeros((len(heads), HEAD_BYTES + PADDING_BYTES), np.uint8)
     for row, head in zip(array, heads, strict=True):
         row[: len(head)] = np.frombuffer(head, np.uint8)
     return array, np.array([len(head) for head in heads], np.int64)

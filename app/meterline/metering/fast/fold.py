@@ -13,6 +13,7 @@ import numpy as np
 
 from meterline.metering.fast.hashing import DIGEST, IDENTITY_HIGH, IDENTITY_LOW
 from meterline.metering.fast.jit import compiled
+from meterline.metering.fast.memory import copy
 from meterline.metering.fast.scan import (
     ATTRIBUTES,
     ATTRIBUTES_COUNT,
@@ -104,8 +105,7 @@ def _copy(out: Any, at: int, data: Any, start: int, length: int) -> int:
         at += 1
     out[at] = rest
     at += 1
-    for i in range(length):
-        out[at + i] = data[start + i]
+    copy(out, at, data, start, length)
     return at + length
 
 
