@@ -236,7 +236,7 @@ class BatchMeter(Meter):
         groups, cells = self._work.changes()
         clients, skus = self._clients.texts(), self._skus.texts()
         touched = []
-        for start, code, late, last_offset, _ in groups:
+        for start, code, late, last_offset, _, count, credits_micro, free_count, free_credits_micro in groups:
             client = clients[code]
             window = self._open(start, client)
             self._count_late(window, late)
@@ -245,21 +245,27 @@ class BatchMeter(Meter):
             if total is None:
                 total = self._totals[client] = ClientTotal()
             total.last_offset = max(total.last_offset, last_offset)
-            touched.append((window.skus, self._changed[start, client], total.sums))
+            lifetime = total.sums
+            lifetime.count += count
+            lifetime.credits_micro += credits_micro
+            lifetime.free_count += free_count
+            lifetime.free_credits_micro += free_credits_micro
+            touched.append((window.skus, self._changed[start, client]))
         self._changed_totals.update([clients[code] for _, code, *_ in groups])
-        for group, code, *amounts in cells:
-            of_window, changed, lifetime = touched[group]
+        for group, code, count, credits_micro, free_count, free_credits_micro in cells:
+            of_window, changed = touched[group]
             sku = skus[code]
             changed.add(sku)
             sums = of_window.get(sku)
             if sums is None:
-                sums = of_window[sku] = SkuTotal()
+                of_window[sku] = SkuTotal(count, credits_micro, free_count, free_credits_micro)
                 self._widest = max(self._widest, len(of_window))
-            for of in (sums, lifetime):
-                of.count += amounts[0]
-                of.credits_micro += amounts[1]
-                of.free_count += amounts[2]
-                of.free_credits_micro += amounts[3]
+                continue
+            sums.count += count
+            sums.credits_micro += credits_micro
+            if free_count:
+                sums.free_count += free_count
+                sums.free_credits_micro += free_credits_micro
 
     # -- bounds, so that the kernel needs to know no sum and no window
 

@@ -18,10 +18,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Nothing is allocated, so references need no counting: left on, each call of one kernel by another counts
 # its arrays up and down, in atomic steps that took a quarter of the time of a record.
-OPTIONS = {"nogil": True, "_nrt": False}
+OPTIONS: Any = {"nogil": True, "_nrt": False}
 
 
-def _compiler() -> Callable[..., Any]:
+def _compiler() -> Any:
     cached = njit(cache=True, **OPTIONS)
     try:
         cached(lambda: None)
