@@ -4,8 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Quix Streams wants older versions of what we use: an environment of its own, for the bench only.
+QUIX := $(VENV)/bench-quix
+QUIX_READY := $(QUIX)/.ready
 
-.PHONY: demo test lint unit integration bench bench-quota bench-billing mutants simulate prove-metering prove-quota lock clean
+.PHONY: demo test lint unit integration bench bench-latency bench-quota bench-billing mutants simulate prove-metering \
+  prove-quota lock clean
 
 demo: $(READY)
 	$(BIN)/meterline demo
@@ -25,8 +29,12 @@ lint: $(READY)
 unit: $(READY)
 	$(BIN)/pytest tests/unit tests/property
 
-bench: $(READY)
+bench: $(READY) $(QUIX_READY)
 	$(BIN)/python -m tests.bench.metering
+
+# How long until an event that was published can be read in the ledger.
+bench-latency: $(READY)
+	$(BIN)/python -m tests.bench.latency
 
 bench-quota: $(READY)
 	$(BIN)/python -m tests.bench.quota
@@ -55,6 +63,15 @@ lock: $(READY)
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-emit-find-links --quiet \
 	  --custom-compile-command "make lock" -o requirements.lock
+	$(BIN)/uv pip compile tests/bench/quix-requirements.in --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --quiet \
+	  --custom-compile-command "make lock" -o tests/bench/quix-requirements.lock
+
+$(QUIX_READY): $(READY) tests/bench/quix-requirements.lock
+	@test -x $(QUIX)/bin/python || $(BIN)/python -m venv $(QUIX)
+	$(QUIX)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+	  -r tests/bench/quix-requirements.lock
+	@touch $@
 
 $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

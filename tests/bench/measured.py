@@ -29,6 +29,8 @@ READY_POLL_INTERVAL_S = 0.02
 """The clock starts at most so long after the worker has its partitions."""
 POLL_INTERVAL_S = 0.1
 """An event's fate is looked up this often: at most so much idle time is counted."""
+OUR_POLL_INTERVAL_S = 0.5
+"""The same where the process itself is asked: its answer takes milliseconds of what is measured."""
 STOP_TIMEOUT_S = 20.0
 LOG_TAIL_LINES = 20
 
@@ -114,12 +116,14 @@ def measure_ours(
 
     The clock starts when the worker has its partitions, right before the first record is read.
     """
-    work.publish(_producer(bootstrap), USAGE_EVENTS, slice(None))
+    work.publish(bench_producer(bootstrap), USAGE_EVENTS, slice(None))
     command = [str(Path(sys.executable).with_name("meterline")), "worker", "metering"]
     with started([*command, "--web-port", str(web_port)], environment, log_file) as worker:
         worker.wait(lambda: int(is_ready(web_port)), 1, START_TIMEOUT_S, READY_POLL_INTERVAL_S)
         clock, cpu_s = time.monotonic(), worker.cpu_s()
-        worker.wait(lambda: _events_of_worker(web_port), len(work.messages), RUN_TIMEOUT_S)
+        worker.wait(
+            lambda: _events_of_worker(web_port), len(work.messages), RUN_TIMEOUT_S, OUR_POLL_INTERVAL_S
+        )
         return Measurement(
             len(work.messages), worker.cpu_s() - cpu_s, time.monotonic() - clock, worker.memory_mib()
         )
@@ -128,7 +132,7 @@ def measure_ours(
 def measure_stock(work: Workload, bootstrap: str, name: str, log_file: Path) -> Measurement:
     """Run the stock idiom through the events, until the changelog has the last change."""
     changelog = stock_changelog(name)
-    _create_topics(bootstrap, name, changelog)
+    create_topics(bootstrap, name, changelog)
     command = [
         sys.executable,
         str(Path(__file__).with_name("stock_faust.py")),
@@ -147,7 +151,7 @@ def measure_stock(work: Workload, bootstrap: str, name: str, log_file: Path) -> 
     watcher = Consumer({"bootstrap.servers": bootstrap, "group.id": f"{name}-watcher"})
     try:
         with started(command, environment, log_file) as worker:
-            return _measure(worker, work, bootstrap, name, lambda: _records(watcher, changelog))
+            return measure_after_warm_up(worker, work, bootstrap, name, lambda: _records(watcher, changelog))
     finally:
         watcher.close()
 
@@ -157,20 +161,28 @@ def stock_changelog(name: str) -> str:
     return f"{name}-totals-changelog"
 
 
-def _measure(
-    worker: Worker, work: Workload, bootstrap: str, topic: str, accounted: Callable[[], int]
+def measure_after_warm_up(
+    worker: Worker,
+    work: Workload,
+    bootstrap: str,
+    topic: str,
+    accounted: Callable[[], int],
+    *,
+    key_has_sku: bool = False,
 ) -> Measurement:
-    producer = _producer(bootstrap)
-    work.publish(producer, topic, slice(0, WARM_UP_EVENTS))
+    """Publish a few events, and when they are counted the others: only these are measured."""
+    producer = bench_producer(bootstrap)
+    work.publish(producer, topic, slice(0, WARM_UP_EVENTS), key_has_sku=key_has_sku)
     worker.wait(accounted, WARM_UP_EVENTS, START_TIMEOUT_S)
     clock, cpu_s = time.monotonic(), worker.cpu_s()
-    work.publish(producer, topic, slice(WARM_UP_EVENTS, None))
+    work.publish(producer, topic, slice(WARM_UP_EVENTS, None), key_has_sku=key_has_sku)
     worker.wait(accounted, len(work.messages), RUN_TIMEOUT_S)
     counted = len(work.messages) - WARM_UP_EVENTS
     return Measurement(counted, worker.cpu_s() - cpu_s, time.monotonic() - clock, worker.memory_mib())
 
 
-def _producer(bootstrap: str) -> Producer:
+def bench_producer(bootstrap: str) -> Producer:
+    """What publishes the events of every side."""
     return Producer(
         {
             "bootstrap.servers": bootstrap,
@@ -218,7 +230,7 @@ def _records(watcher: Consumer, topic: str) -> int:
     return sum(end - start for start, end in ranges)
 
 
-def _create_topics(bootstrap: str, source: str, changelog: str) -> None:
+def create_topics(bootstrap: str, source: str, changelog: str) -> None:
     """The source keeps the producer's time stamps: the stock window takes its time from them."""
     admin = AdminClient({"bootstrap.servers": bootstrap})
     topics = [

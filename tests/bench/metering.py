@@ -1,4 +1,4 @@
-"""`make bench`: CPU time per million events of a metering worker, and of the stock Faust idiom beside it.
+"""`make bench`: CPU time per million events of a metering worker, and of what others do beside it.
 
 One local stack (real Kafka, ClickHouse's engine), one run after the other, alternating, several rounds; every
 total of both sides is compared with the generator's own sums, and a wrong one fails the bench.
@@ -7,21 +7,27 @@ What is counted: user and system time of the worker's process, all its threads, 
 read the same kind of bytes (the published schema, single-object framing, the same skewed clients); the
 publisher, the broker and ClickHouse are other processes and not counted. Ours finds a backlog: its clock runs
 from the moment it has its partitions until the last event is committed, and no time goes by waiting for a
-publisher, in which its loop would turn for nothing. Stock is slower than the publisher by far: its clock runs
-from right before its events are published, the first 1,000 of them apart.
+publisher, in which its loop would turn for nothing. The others are slower than the publisher: their clock runs
+from right before their events are published, the first 1,000 of them apart.
 
 * Ours is `meterline worker metering` as it is shipped, twice: on the fast path (extra `fast`), on the plain
   one. Decode, checks, exact dedupe, rows acknowledged by the ledger, changelog and window snapshots in Kafka
-  transactions, and the closing of windows. "Committed" includes all that. Answering its metrics page ten
-  times a second is in its figure.
+  transactions, and the closing of windows. "Committed" includes all that. Answering its metrics page twice a
+  second is in its figure.
 * Stock is `stock_faust.py`: Record, codec, tumbling table with changelog. It keeps the sums only: no checks,
   no dedupe, no ledger, no closing, at least once. Its clock stops when the broker has the last change of its
   table; the offset commit after it is not counted, and its progress is read at the broker.
 
-So stock is given less work. One difference is for us: a run of ours has more events, so that what a run costs
+* Quix Streams (`quix_streams.py`, at least once as is its default, and exactly once) and Kafka Streams
+  (`KafkaStreamsBench.java`, exactly_once_v2, suppress): a tumbling sum, each window's final result written
+  once. Their records are keyed by client and SKU already, so that they need no repartition topic. Their clock
+  stops when their group has committed the last offset. Quix Streams needs an environment of its own, Kafka
+  Streams a Java with its compiler; who isn't there is left out, and the table says so.
+
+So the others are given less work. One difference is for us: a run of ours has more events, so that what a run costs
 whatever its size (connections, closing the same ten windows) is shared by more of them. Set here: windows of
 2 s and no lateness, so that they close inside the run and not in an hour. There are no duplicates, because
-stock would count them: dedupe is paid for, but not put to the test here. A busy machine raises CPU time too:
+the others would count them: dedupe is paid for, but not put to the test here. A busy machine raises CPU time too:
 compare by the ratio, within a run.
 """
 
@@ -33,8 +39,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,7 +49,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from tests.bench.measured import BenchError, Measurement, measure_ours, measure_stock, stock_changelog
-from tests.bench.totals import wrong_in_ledger, wrong_in_snapshots, wrong_in_stock
+from tests.bench.others import kafka_streams_command, measure_other, quix_command, sums_topic
+from tests.bench.totals import wrong_in_ledger, wrong_in_snapshots, wrong_in_stock, wrong_in_sums
 from tests.bench.workload import (
     CLIENTS,
     SKUS,
@@ -69,18 +76,25 @@ the clock, can't pass it before the run. A run ends within the five minutes that
 WINDOWS_OF_A_RUN = WINDOWS + 1
 """Windows of a run, and the one its closing events stand in."""
 
+TABLE_WIDTH = 150
+
 EVENTS_MIN = 2 * WARM_UP_EVENTS
 
 console = Console(stderr=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
-    """All sides, measured one right after the other."""
+Rounds = dict[str, list[Measurement]]
+"""What was measured, by side, in the order of `SIDES`."""
 
-    fast: Measurement
-    plain: Measurement
-    stock: Measurement
+SIDES = {
+    "fast": "dedupe, ledger, windows, totals; exactly once",
+    "plain": "the same",
+    "stock": "sums in memory; no ledger, no dedupe, no closing; at least once",
+    "quix": "sums; no ledger, no dedupe; at least once",
+    "quix-eos": "sums; no ledger, no dedupe; exactly once inside Kafka",
+    "kafka-streams": "sums; no ledger, no dedupe; exactly once inside Kafka (v2), suppress",
+}
+"""Who is measured, and what each does of the work."""
 
 
 class Bench:
@@ -118,6 +132,16 @@ class Bench:
         self.wrong += wrong_in_stock(work, broker, stock_changelog(name))
         return measured
 
+    def run_other(self, side: str, command: list[str], number: int, events: int) -> Measurement:
+        """One run of another library, totals checked."""
+        work = self._workload(events, 1_000 + number)
+        broker, name = self._kafka.bootstrap_servers, f"bench-{side}-{number}"
+        guarantee = {"BENCH_GUARANTEE": "exactly-once" if side == "quix-eos" else "at-least-once"}
+        log = self._directory / f"{name}.log"
+        measured = measure_other(work, broker, name, command, guarantee, log)
+        self.wrong += wrong_in_sums(work, broker, sums_topic(name), side)
+        return measured
+
     def _workload(self, events: int, seed: int) -> Workload:
         """Events behind those of every earlier run: nothing of a run is late."""
         start = max(time.time_ns() // 1_000_000 + AHEAD_MS, self._event_time_ms)
@@ -139,25 +163,34 @@ def bench(
     events: Annotated[int, typer.Option(min=EVENTS_MIN, help="Events of a fast run.")] = 1_000_000,
     plain_events: Annotated[int, typer.Option(min=EVENTS_MIN, help="Events of a plain run.")] = 200_000,
     stock_events: Annotated[int, typer.Option(min=EVENTS_MIN, help="Events of a stock run.")] = 12_000,
+    quix_events: Annotated[int, typer.Option(min=EVENTS_MIN, help="Events of a Quix run.")] = 100_000,
+    streams_events: Annotated[int, typer.Option(min=EVENTS_MIN, help="Of a Kafka Streams run.")] = 500_000,
     *,
     rounds: Annotated[int, typer.Option(min=1, max=20, help="Runs of each; they alternate.")] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """CPU time per million events: a metering worker, and stock Faust beside it."""
+    """CPU time per million events: a metering worker, and what others do beside it."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # everything started is stopped, as on Ctrl-C
-    done: list[Round] = []
+    done: Rounds = {}
     with tempfile.TemporaryDirectory(prefix="meterline-bench-") as directory:
         run = Bench(Path(directory))
+        runs: dict[str, tuple[int, Callable[[int], Measurement]]] = {
+            "fast": (events, lambda number: run.run_ours(number, events, fast=True)),
+            "plain": (plain_events, lambda number: run.run_ours(number, plain_events, fast=False)),
+            "stock": (stock_events, lambda number: run.run_stock(number, stock_events)),
+        }
+        quix, streams = quix_command(), kafka_streams_command()
+        others = {"quix": (quix, quix_events), "quix-eos": (quix, quix_events)}
+        for side, (command, count) in {**others, "kafka-streams": (streams, streams_events)}.items():
+            if command is not None:
+                runs[side] = count, partial(run.run_other, side, command, events=count)
         try:
             with console.status("starting Kafka and ClickHouse") as status:
                 run.prepare()
                 for number in range(1, rounds + 1):
-                    status.update(f"round {number} of {rounds}: fast path, {events:,} events")
-                    fast = run.run_ours(number, events, fast=True)
-                    status.update(f"round {number} of {rounds}: plain path, {plain_events:,} events")
-                    plain = run.run_ours(number, plain_events, fast=False)
-                    status.update(f"round {number} of {rounds}: stock Faust, {stock_events:,} events")
-                    done.append(Round(fast, plain, run.run_stock(number, stock_events)))
+                    for side, (count, measure) in runs.items():
+                        status.update(f"round {number} of {rounds}: {side}, {count:,} events")
+                        done.setdefault(side, []).append(measure(number))
         except (BenchError, MeterlineError) as error:
             console.print(f"Error: {error}", markup=False)
             raise typer.Exit(1) from error
@@ -170,17 +203,11 @@ def bench(
     raise typer.Exit(1 if run.wrong else 0)
 
 
-def _medians(done: list[Round]) -> tuple[float, float, float]:
-    return (
-        statistics.median(r.fast.cpu_s_per_million for r in done),
-        statistics.median(r.plain.cpu_s_per_million for r in done),
-        statistics.median(r.stock.cpu_s_per_million for r in done),
-    )
+def _median_cpu_s(done: Rounds, side: str) -> float:
+    return statistics.median(run.cpu_s_per_million for run in done[side])
 
 
-def _report(done: list[Round], wrong: list[str]) -> dict[str, Any]:
-    fast, plain, stock = _medians(done)
-
+def _report(done: Rounds, wrong: list[str]) -> dict[str, Any]:
     def values(run: Measurement) -> dict[str, float]:
         return {
             "events": run.events,
@@ -190,52 +217,57 @@ def _report(done: list[Round], wrong: list[str]) -> dict[str, Any]:
             "memory_mib": round(run.memory_mib),
         }
 
+    cpu_s = {side: _median_cpu_s(done, side) for side in done}
     return {
-        "rounds": [
-            {"fast": values(r.fast), "plain": values(r.plain), "stock": values(r.stock)} for r in done
-        ],
-        "median_cpu_s_per_million": {
-            "fast": round(fast, 2), "plain": round(plain, 2), "stock": round(stock, 2),
-        },
-        "ratio": {"fast": round(stock / fast, 1), "plain": round(stock / plain, 1)},
+        "rounds": {side: [values(run) for run in runs] for side, runs in done.items()},
+        "median_cpu_s_per_million": {side: round(median, 2) for side, median in cpu_s.items()},
+        "times_fast": {side: round(median / cpu_s["fast"], 1) for side, median in cpu_s.items()},
+        "times_plain": {side: round(median / cpu_s["plain"], 1) for side, median in cpu_s.items()},
+        "left_out": [side for side in SIDES if side not in done],
         "cython": _cython(),
         "wrong_totals": wrong,
-    }  # fmt: skip
+    }
 
 
-def _show(done: list[Round], wrong: list[str]) -> None:
+def _show(done: Rounds, wrong: list[str]) -> None:
+    rounds = len(done["fast"])
     table = Table(
-        title="CPU seconds per million events, events/s, most memory (MiB), times fewer CPU than stock",
+        title=f"Medians of {rounds} round(s): CPU seconds per million events, events/s, most memory (MiB)",
         caption=(
             f"{CLIENTS} clients (skewed), {SKUS} SKUs, {WINDOWS} windows a run. Stock Faust: Cython "
-            f"{'on' if _cython() else 'off'}, memory store.\n"
-            "Ours includes dedupe, the ledger and transactions; stock keeps the sums only."
+            f"{'on' if _cython() else 'off'}, memory store. / fast, / plain: times the CPU time of that path."
         ),
         caption_justify="left",
     )
-    for heading in ("round", "path", "CPU s/M", "events/s", "MiB", "x stock"):
-        table.add_column(heading, justify="right")
-    for number, r in enumerate(done, start=1):
-        for path, run in (("fast", r.fast), ("plain", r.plain), ("stock", r.stock)):
-            table.add_row(
-                str(number),
-                path,
-                f"{run.cpu_s_per_million:.2f}",
-                f"{run.events_per_s:,.0f}",
-                f"{run.memory_mib:,.0f}",
-                f"{r.stock.cpu_s_per_million / run.cpu_s_per_million:.1f}",
-            )
-        table.add_section()
-    fast, plain, stock = _medians(done)
-    for path, median in (("fast", fast), ("plain", plain), ("stock", stock)):
-        table.add_row("median", path, f"{median:.2f}", "", "", f"{stock / median:.1f}", style="bold")
-    out = Console()
+    for heading in ("side", "CPU s/M", "lowest", "highest", "events/s", "MiB", "/ fast", "/ plain"):
+        table.add_column(heading, justify="left" if heading == "side" else "right")
+    table.add_column("does")
+    for side, runs in done.items():
+        cpu_s = sorted(run.cpu_s_per_million for run in runs)
+        median = _median_cpu_s(done, side)
+        table.add_row(
+            side,
+            f"{median:.2f}",
+            f"{cpu_s[0]:.2f}",
+            f"{cpu_s[-1]:.2f}",
+            f"{statistics.median(run.events_per_s for run in runs):,.0f}",
+            f"{max(run.memory_mib for run in runs):,.0f}",
+            f"{median / _median_cpu_s(done, 'fast'):.1f}",
+            f"{median / _median_cpu_s(done, 'plain'):.1f}",
+            SIDES[side],
+        )
+    out = Console(width=max(Console().width, TABLE_WIDTH))
     out.print(table)
+    for side in SIDES:
+        if side not in done:
+            out.print(f"Left out: {side} (not installed, or a Java without its compiler)")
     if wrong:
         out.print("Wrong totals:", *wrong, sep="\n  ", markup=False)
     else:
-        counted = sum(r.fast.events + r.plain.events + r.stock.events + WARM_UP_EVENTS for r in done)
-        out.print(f"All totals right: {counted:,} events, by client, window and SKU, to the micro-credit.")
+        counted = sum(run.events for runs in done.values() for run in runs)
+        out.print(
+            f"All totals right: {counted:,} events and more, by client, window and SKU, to the micro-credit."
+        )
 
 
 def _cython() -> bool:

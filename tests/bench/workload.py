@@ -36,12 +36,12 @@ class Workload:
     """Encoded events in the order of their time.
 
     Attributes:
-        messages: key, value, `occurred_at`.
+        messages: client, value, `occurred_at`, SKU.
         credits_micro, counts: what every (client, window, SKU) adds up to.
     """
 
     start_ms: int
-    messages: list[tuple[bytes, bytes, int]] = field(default_factory=list)
+    messages: list[tuple[bytes, bytes, int, bytes]] = field(default_factory=list)
     credits_micro: Counter[CellKey] = field(default_factory=Counter)
     counts: Counter[CellKey] = field(default_factory=Counter)
 
@@ -50,12 +50,16 @@ class Workload:
         """End of the windows that close within the run."""
         return self.start_ms + SPAN_MS
 
-    def publish(self, producer: Producer, topic: str, part: slice) -> None:
-        """Send a part of the events; returns when the broker has all of them."""
-        for key, value, occurred_at in self.messages[part]:
+    def publish(self, producer: Producer, topic: str, part: slice, *, key_has_sku: bool = False) -> None:
+        """Send a part of the events, each to its client's partition; returns when the broker has all."""
+        partitions: dict[bytes, int] = {}
+        for client, value, occurred_at, sku in self.messages[part]:
+            if client not in partitions:
+                partitions[client] = partition_for(client, PARTITIONS)
+            key = client + b"|" + sku if key_has_sku else client
             while True:
                 try:
-                    producer.produce(topic, value, key, timestamp=occurred_at)
+                    producer.produce(topic, value, key, partitions[client], timestamp=occurred_at)
                     break
                 except BufferError:
                     producer.poll(0.05)
@@ -89,7 +93,9 @@ def make_workload(events: int, start_ms: int, seed: int) -> Workload:
         cell = client, event.occurred_at // WINDOW_LENGTH_MS * WINDOW_LENGTH_MS, event.sku
         work.credits_micro[cell] += event.credits_micro
         work.counts[cell] += 1
-        work.messages.append((client.encode(), codec.encode(event_to_record(event)), event.occurred_at))
+        work.messages.append(
+            (client.encode(), codec.encode(event_to_record(event)), event.occurred_at, event.sku.encode())
+        )
     return work
 
 

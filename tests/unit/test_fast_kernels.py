@@ -13,7 +13,7 @@ pytest.importorskip("numba", reason="the extra `fast` is not installed")
 
 from meterline.contracts.files import schemas_dir
 from meterline.domain.dedupe import DedupeIndex
-from meterline.metering.fast import factory
+from meterline.metering.fast import factory, memory
 from meterline.metering.fast.blake2b import BLOCK_BYTES, LANES, digest_lanes
 from meterline.metering.fast.hashing import IDENTITY_TAG, PAYLOAD_TAG
 from meterline.metering.fast.index import SLOTS_MIN, ArrayIndex
@@ -81,3 +81,34 @@ def test_warming_up_runs_every_kernel():
     kernels = [fold.fold_records, fold.move_ids, fold.put_ids, fold.slot_of, hashing.hash_records]
     for kernel in [*kernels, scan.scan_batches]:
         assert len(kernel.signatures) == 1, f"{kernel.__name__} has {kernel.signatures}"
+
+
+@pytest.mark.parametrize("length", [*range(18), 63, 64, 65, 200])
+def test_texts_are_told_apart_by_their_own_bytes_only(length):
+    """Words are read beyond a text's end: what stands there must not count, and every byte within must."""
+    chance = random.Random(length)
+    text = chance.randbytes(length)
+
+    def placed(content):
+        before, behind = chance.randbytes(3), chance.randbytes(memory.PADDING_BYTES)
+        return np.frombuffer(before + content + behind, np.uint8)
+
+    one, same = placed(text), placed(text)
+    assert memory.is_equal(one, 3, same, 3, length)
+    assert memory.words_hash(one, 3, length) == memory.words_hash(same, 3, length)
+    for at in range(length):
+        for bit in range(8):
+            other = placed(text[:at] + bytes([text[at] ^ 1 << bit]) + text[at + 1 :])
+            assert not memory.is_equal(one, 3, other, 3, length)
+            assert memory.words_hash(one, 3, length) != memory.words_hash(other, 3, length)
+
+
+@pytest.mark.parametrize("length", [*range(18), 63, 64, 65, 200])
+def test_one_byte_beyond_ascii_is_found_wherever_it_stands(length):
+    """Such a text is looked at by the decoder's rules; one that is missed would be stored unread."""
+    padding = b"\xff" * memory.PADDING_BYTES
+    text = bytes([0x7F]) * length
+    assert memory.is_ascii(np.frombuffer(b"\xff" + text + padding, np.uint8), 1, length)
+    for at in range(length):
+        odd = text[:at] + b"\x80" + text[at + 1 :]
+        assert not memory.is_ascii(np.frombuffer(b"\xff" + odd + padding, np.uint8), 1, length)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from meterline.errors import UserError
 
-__all__ = ["KAFKA_VERSION", "Jar", "cache_directory", "kafka_jars", "lock_digest", "read_lock"]
+__all__ = ["KAFKA_VERSION", "Jar", "cache_directory", "fetch_jars", "kafka_jars", "lock_digest", "read_lock"]
 
 KAFKA_VERSION = "4.3.1"
 LOCK_NAME = f"kafka-{KAFKA_VERSION}.lock"
@@ -50,10 +50,10 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "meterline"
 
 
-def read_lock() -> list[Jar]:
-    """The jars, in the lock's order, which is the class path's order."""
+def read_lock(text: str | None = None) -> list[Jar]:
+    """The jars of a lock, Kafka's own by default, in its order, which is the class path's order."""
     jars = []
-    for line in _lock_text().splitlines():
+    for line in (_lock_text() if text is None else text).splitlines():
         coordinate, checksum = line.split()
         group, artifact, version = coordinate.split(":")
         jars.append(Jar(group, artifact, version, checksum.removeprefix("sha256:")))
@@ -71,8 +71,19 @@ def kafka_jars(progress: Callable[[str], None], cancelled: threading.Event) -> l
     Raises:
         UserError: a jar can't be downloaded, or isn't the one that the lock names.
     """
-    jars = read_lock()
-    directory = cache_directory() / f"kafka-{KAFKA_VERSION}-{lock_digest()}"
+    return fetch_jars(
+        read_lock(), cache_directory() / f"kafka-{KAFKA_VERSION}-{lock_digest()}", progress, cancelled
+    )
+
+
+def fetch_jars(
+    jars: list[Jar], directory: Path, progress: Callable[[str], None], cancelled: threading.Event
+) -> list[Path]:
+    """Download locked jars into a directory of their own, all or nothing, unless it is there.
+
+    Raises:
+        UserError: a jar can't be downloaded, or isn't the one that the lock names.
+    """
     if not directory.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix="downloading-") as work:

@@ -33,6 +33,7 @@ from meterline.metering.state import (
     Counters,
     Meta,
     aggregate_key,
+    aggregate_prefix,
     aggregate_value,
     brake_key,
     meta_key,
@@ -448,10 +449,8 @@ class Meter:
         changelog: list[tuple[bytes, bytes | None]] = []
         for (start, client), skus in self._changed.items():
             window = self.windows[start, client]
-            changelog += [
-                (aggregate_key(self.partition, start, client, sku), aggregate_value(window.skus[sku]))
-                for sku in skus
-            ]
+            prefix, sums = aggregate_prefix(self.partition, start, client), window.skus
+            changelog += [(prefix + sku.encode(), aggregate_value(sums[sku])) for sku in skus]
             if window.published_cutoff >= 0:
                 changelog.append(self._window_record(start, client, window))
         snapshots = [self._publish(start, client, cutoff, now_ms) for start, client in due]

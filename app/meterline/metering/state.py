@@ -25,6 +25,7 @@ __all__ = [
     "Counters",
     "Meta",
     "aggregate_key",
+    "aggregate_prefix",
     "aggregate_value",
     "brake_key",
     "meta_key",
@@ -111,8 +112,13 @@ def brake_key(partition: int) -> bytes:
 
 def aggregate_key(partition: int, window_start: int, client_id: str, sku: str) -> bytes:
     """Key of one SKU's sums in one window of one client."""
+    return aggregate_prefix(partition, window_start, client_id) + sku.encode()
+
+
+def aggregate_prefix(partition: int, window_start: int, client_id: str) -> bytes:
+    """What the keys of all SKUs of one window of one client begin with."""
     client = client_id.encode()
-    return _HEAD.pack(partition, b"A", window_start, len(client)) + client + sku.encode()
+    return _HEAD.pack(partition, b"A", window_start, len(client)) + client
 
 
 def parse_aggregate_key(key: bytes) -> tuple[int, str, str]:

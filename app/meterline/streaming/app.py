@@ -29,6 +29,7 @@ from meterline.streaming.consumer import ChunkTransport
 from meterline.streaming.engine import Engine, EngineLimits
 from meterline.streaming.fatal import die, remember_exits
 from meterline.streaming.log_ranges import topic_partition_counts
+from meterline.streaming.memory import keep_memory
 from meterline.streaming.owner import PartitionOwner
 from meterline.streaming.tables import CommittedTable, CommittedTables
 
@@ -259,6 +260,7 @@ def run_worker(app: WorkerApp, log_level: str = "info") -> None:
     # 700 new objects and again over all that is pending, a quarter of the time a record takes.
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLDS)
+    keep_memory()
     faust.Worker(app, loglevel=log_level, override_logging=False, quiet=True).execute_from_commandline()
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from typing import Any, Protocol, cast
 
 from aiokafka import AIOKafkaProducer
 
 from meterline.settings import KafkaSettings
-from meterline.streaming.owner import Commit, Output
+from meterline.streaming.owner import Commit
 from meterline.streaming.steps import Step, reached
 
 __all__ = ["FencedProducer", "TransactionalClient", "transactional_client", "transactional_id_of"]
@@ -26,6 +26,9 @@ REQUEST_BYTES_MAX = 2_000_000
 """A batch and its framing."""
 
 STOP_TIMEOUT_S = 5.0
+
+_Record = tuple[bytes | None, bytes | None, tuple[tuple[str, bytes], ...]]
+"""Key, value, headers: an object for each of the thousands of a flush would cost more than sending it."""
 
 
 def transactional_id_of(group: str, source_topic: str, partition: int) -> str:
@@ -73,17 +76,17 @@ class FencedProducer:
 
     async def transact(self, commit: Commit) -> None:
         """Write all of a commit or nothing of it."""
-        batches: dict[tuple[str, int], list[Output]] = defaultdict(list)
+        batches: dict[tuple[str, int], list[_Record]] = defaultdict(list)
         for output in commit.outputs:
-            batches[output.topic, output.partition].append(output)
+            batches[output.topic, output.partition].append((output.key, output.value, output.headers))
         await self._producer.begin_transaction()
         reached(Step.TRANSACTION_BEGUN)
         acknowledgements = []
         if commit.changelog:
-            state = [Output(self._changelog, self._partition, key, value) for key, value in commit.changelog]
+            state = ((key, value, ()) for key, value in commit.changelog)
             acknowledgements += await self._send(self._changelog, self._partition, state)
-        for (topic, partition), outputs in batches.items():
-            acknowledgements += await self._send(topic, partition, outputs)
+        for (topic, partition), records in batches.items():
+            acknowledgements += await self._send(topic, partition, records)
         # aiokafka doesn't tell the transaction about a rejected batch: a commit would succeed without it.
         for acknowledgement in acknowledgements:
             await acknowledgement
@@ -91,21 +94,15 @@ class FencedProducer:
         await self._producer.commit_transaction()
         reached(Step.TRANSACTION_COMMITTED)
 
-    async def _send(self, topic: str, partition: int, outputs: list[Output]) -> list[Any]:
+    async def _send(self, topic: str, partition: int, records: Iterable[_Record]) -> list[Any]:
         acknowledgements = []
         batch = self._producer.create_batch()
-        for output in outputs:
-            record = {
-                "key": output.key,
-                "value": output.value,
-                "timestamp": None,
-                "headers": list(output.headers),
-            }
-            if batch.append(**record) is None:
+        for key, value, headers in records:
+            if batch.append(key=key, value=value, timestamp=None, headers=list(headers)) is None:
                 batch.close()
                 acknowledgements.append(await self._producer.send_batch(batch, topic, partition=partition))
                 batch = self._producer.create_batch()
-                if batch.append(**record) is None:
+                if batch.append(key=key, value=value, timestamp=None, headers=list(headers)) is None:
                     raise ValueError(f"a record for {topic} is larger than {BATCH_BYTES_MAX} bytes")
         batch.close()
         acknowledgements.append(await self._producer.send_batch(batch, topic, partition=partition))

@@ -28,6 +28,7 @@ from meterline.metering.fast.fold import (
 )  # fmt: skip
 from meterline.metering.fast.hashing import HASH_FIELDS, Scratch, hash_records
 from meterline.metering.fast.index import ArrayIndex
+from meterline.metering.fast.memory import PADDING_BYTES
 from meterline.metering.fast.rows import Names, Rows
 from meterline.metering.fast.scan import (
     B_START,
@@ -52,6 +53,7 @@ from meterline.streaming.batches import BatchedRecords
 __all__ = ["BatchMeter"]
 
 UNKNOWN = -1
+PADDING = bytes(PADDING_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Scanned:
     """A chunk after the scan.
 
     Attributes:
-        data: bytes of all its batches.
+        data: bytes of all its batches, and some behind them.
         starts: where each batch begins in them.
         records: int64[records, FIELDS]: the meter's own array, which the next scan writes anew.
         odd: number of a record that is not ordinary -> what it is.
@@ -155,7 +157,7 @@ class BatchMeter(Meter):
     def _scan(self, chunk: BatchedRecords) -> Scanned | None:
         """Read each record by itself; None if the batches are not what their headers say."""
         batches = chunk.batches
-        data = np.frombuffer(b"".join(batch.payload for batch in batches), np.uint8)
+        data = np.frombuffer(b"".join([*(batch.payload for batch in batches), PADDING]), np.uint8)
         table = np.empty((len(batches), BATCH_FIELDS), np.int64)
         at = count = 0
         for number, batch in enumerate(batches):
@@ -234,7 +236,7 @@ class BatchMeter(Meter):
         groups, cells = self._work.changes()
         clients, skus = self._clients.texts(), self._skus.texts()
         touched = []
-        for start, code, late, last_offset, _ in groups:
+        for start, code, late, last_offset, _, count, credits_micro, free_count, free_credits_micro in groups:
             client = clients[code]
             window = self._open(start, client)
             self._count_late(window, late)
@@ -243,21 +245,27 @@ class BatchMeter(Meter):
             if total is None:
                 total = self._totals[client] = ClientTotal()
             total.last_offset = max(total.last_offset, last_offset)
-            touched.append((window.skus, self._changed[start, client], total.sums))
+            lifetime = total.sums
+            lifetime.count += count
+            lifetime.credits_micro += credits_micro
+            lifetime.free_count += free_count
+            lifetime.free_credits_micro += free_credits_micro
+            touched.append((window.skus, self._changed[start, client]))
         self._changed_totals.update([clients[code] for _, code, *_ in groups])
-        for group, code, *amounts in cells:
-            of_window, changed, lifetime = touched[group]
+        for group, code, count, credits_micro, free_count, free_credits_micro in cells:
+            of_window, changed = touched[group]
             sku = skus[code]
             changed.add(sku)
             sums = of_window.get(sku)
             if sums is None:
-                sums = of_window[sku] = SkuTotal()
+                of_window[sku] = SkuTotal(count, credits_micro, free_count, free_credits_micro)
                 self._widest = max(self._widest, len(of_window))
-            for of in (sums, lifetime):
-                of.count += amounts[0]
-                of.credits_micro += amounts[1]
-                of.free_count += amounts[2]
-                of.free_credits_micro += amounts[3]
+                continue
+            sums.count += count
+            sums.credits_micro += credits_micro
+            if free_count:
+                sums.free_count += free_count
+                sums.free_credits_micro += free_credits_micro
 
     # -- bounds, so that the kernel needs to know no sum and no window
 
@@ -334,7 +342,7 @@ class _Work:
 
 
 def _heads_array(heads: Sequence[bytes]) -> tuple[Any, Any]:
-    array = np.zeros((len(heads), HEAD_BYTES), np.uint8)
+    array = np.zeros((len(heads), HEAD_BYTES + PADDING_BYTES), np.uint8)
     for row, head in zip(array, heads, strict=True):
         row[: len(head)] = np.frombuffer(head, np.uint8)
     return array, np.array([len(head) for head in heads], np.int64)

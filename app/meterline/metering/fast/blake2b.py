@@ -92,29 +92,29 @@ def digest_lanes(words: Any, lengths: Any, blocks: int, size: int, v: Any, h: An
         v: scratch, uint64[16 * LANES]. m: scratch, likewise.
         h: uint64[8 * LANES]; afterwards word k of lane l's digest stands at k * LANES + l.
     """
-    for k in range(8):
-        for i in range(LANES):
-            h[k * LANES + i] = IV[k]
-    for i in range(LANES):
+    for k in range(U(8)):
+        for i in range(U(LANES)):
+            h[k * U(LANES) + i] = IV[k]
+    for i in range(U(LANES)):
         h[i] ^= PARAMETERS ^ U(size)
-    for block in range(blocks):
-        last = block == blocks - 1
-        for word in range(WORDS):
-            for i in range(LANES):
-                m[word * LANES + i] = words[i, block * WORDS + word]
-        for k in range(8):
-            for i in range(LANES):
-                v[k * LANES + i] = h[k * LANES + i]
-                v[(k + 8) * LANES + i] = IV[k]
-        for i in range(LANES):
-            counted = lengths[i] if last else (block + 1) * BLOCK_BYTES
-            v[12 * LANES + i] ^= U(counted)
+    for block in range(U(blocks)):
+        last = block == U(blocks) - U(1)
+        for word in range(U(WORDS)):
+            for i in range(U(LANES)):
+                m[word * U(LANES) + i] = words[i, block * U(WORDS) + word]
+        for k in range(U(8)):
+            for i in range(U(LANES)):
+                v[k * U(LANES) + i] = h[k * U(LANES) + i]
+                v[(k + U(8)) * U(LANES) + i] = IV[k]
+        for i in range(U(LANES)):
+            counted = U(lengths[i]) if last else (block + U(1)) * U(BLOCK_BYTES)
+            v[U(12 * LANES) + i] ^= counted
             if last:
-                v[14 * LANES + i] = ~v[14 * LANES + i]
+                v[U(14 * LANES) + i] = ~v[U(14 * LANES) + i]
         _rounds(v, m)
-        for k in range(8):
-            for i in range(LANES):
-                h[k * LANES + i] ^= v[k * LANES + i] ^ v[(k + 8) * LANES + i]
+        for k in range(U(8)):
+            for i in range(U(LANES)):
+                h[k * U(LANES) + i] ^= v[k * U(LANES) + i] ^ v[(k + U(8)) * U(LANES) + i]
 
 
 @compiled

@@ -13,6 +13,7 @@ import numpy as np
 
 from meterline.metering.fast.hashing import DIGEST, IDENTITY_HIGH, IDENTITY_LOW
 from meterline.metering.fast.jit import compiled
+from meterline.metering.fast.memory import copy
 from meterline.metering.fast.scan import (
     ATTRIBUTES,
     ATTRIBUTES_COUNT,
@@ -52,8 +53,8 @@ NO_TIME = np.uint64(2**64 - 1)
 """The time of a free slot."""
 
 # Windows and their SKUs as far as this run of records changes them.
-G_START, G_CLIENT, G_LATE, G_LAST_OFFSET, G_CELLS = range(5)
-GROUP_FIELDS = 5
+G_START, G_CLIENT, G_LATE, G_LAST_OFFSET, G_CELLS, G_COUNT, G_CREDITS, G_FREE_COUNT, G_FREE_CREDITS = range(9)
+GROUP_FIELDS = 9
 C_GROUP, C_SKU, C_COUNT, C_CREDITS, C_FREE_COUNT, C_FREE_CREDITS = range(6)
 CELL_FIELDS = 6
 GROUPS, CELLS = range(2)
@@ -104,8 +105,7 @@ def _copy(out: Any, at: int, data: Any, start: int, length: int) -> int:
         at += 1
     out[at] = rest
     at += 1
-    for i in range(length):
-        out[at + i] = data[start + i]
+    copy(out, at, data, start, length)
     return at + length
 
 
@@ -203,7 +203,8 @@ def fold_records(
                 groups[group, G_START] = start
                 groups[group, G_CLIENT] = row[CLIENT_CODE]
                 groups[group, G_LATE] = 0
-                groups[group, G_CELLS] = 0
+                for field in range(G_CELLS, GROUP_FIELDS):
+                    groups[group, field] = 0
             groups[group, G_LAST_OFFSET] = row[OFFSET]
             if cell < 0:
                 cell = counts[CELLS]
@@ -217,9 +218,13 @@ def fold_records(
             if row[BILLABLE]:
                 cells[cell, C_COUNT] += 1
                 cells[cell, C_CREDITS] += row[CREDITS]
+                groups[group, G_COUNT] += 1
+                groups[group, G_CREDITS] += row[CREDITS]
             else:
                 cells[cell, C_FREE_COUNT] += 1
                 cells[cell, C_FREE_CREDITS] += row[CREDITS]
+                groups[group, G_FREE_COUNT] += 1
+                groups[group, G_FREE_CREDITS] += row[CREDITS]
             if is_new_id:
                 index[slot, ID_LOW] = low
                 index[slot, ID_HIGH] = high

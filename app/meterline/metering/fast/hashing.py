@@ -8,6 +8,7 @@ import numpy as np
 
 from meterline.metering.fast.blake2b import BLOCK_BYTES, LANES, digest_lanes
 from meterline.metering.fast.jit import compiled
+from meterline.metering.fast.memory import clear, copy
 from meterline.metering.fast.scan import (
     BILLABLE,
     CLIENT,
@@ -36,6 +37,9 @@ BLOCKS_MAX = 4
 """The longest message: a tag, two ids of 200 bytes, 16 digits of credits, a flag."""
 QUEUES = 2 * BLOCKS_MAX
 
+ZERO, TEN = np.uint64(48), np.uint64(10)
+"""Numbers in digits. Unsigned: what may be negative is divided another way, which takes longer."""
+
 
 class Scratch:
     """Where messages wait until there is one for every lane. One queue for each kind and number of blocks."""
@@ -62,19 +66,22 @@ class Scratch:
 
 @compiled
 def _digits(number: int) -> int:
+    rest = np.uint64(number)
     count = 1
-    while number >= 10:
-        number //= 10
+    while rest >= TEN:
+        rest //= TEN
         count += 1
     return count
 
 
 @compiled
 def _put_number(out: Any, at: int, number: int) -> int:
+    rest = np.uint64(number)
     end = at + _digits(number)
     for i in range(end - 1, at - 1, -1):
-        out[i] = 48 + number % 10
-        number //= 10
+        tens = rest // TEN
+        out[np.uint64(i)] = ZERO + rest - tens * TEN
+        rest = tens
     return end
 
 
@@ -84,8 +91,7 @@ def _put_field(out: Any, at: int, data: Any, start: int, length: int) -> int:
     at = _put_number(out, at, length)
     out[at] = 58
     at += 1
-    for i in range(length):
-        out[at + i] = data[start + i]
+    copy(out, at, data, start, length)
     out[at + length] = 44
     return at + length + 1
 
@@ -162,8 +168,7 @@ def hash_records(
                 out[at + 3] = 48 + row[BILLABLE]
                 out[at + 4] = 44
                 at += 5
-            for k in range(at, blocks * BLOCK_BYTES):
-                out[k] = 0
+            clear(out, at, blocks * BLOCK_BYTES - at)
             lengths[queue, lane] = length
             records[queue, lane] = i
             waiting[queue] = lane + 1

@@ -33,6 +33,7 @@ from meterline.metering.fast.fold import (
     ROWS,
     VALUE_BYTES,
 )  # fmt: skip
+from meterline.metering.fast.memory import PADDING_BYTES
 from meterline.metering.fast.scan import code_again
 
 __all__ = ["Names", "Rows"]
@@ -70,7 +71,7 @@ class Names:
         """The arrays, with room for so many more texts, in the order the kernel takes them."""
         count = int(self._count[0])
         end = int(self._starts[count])
-        self._texts = _grown(self._texts, end, end + more_bytes + LENGTH_BYTES * more)
+        self._texts = _grown(self._texts, end, end + more_bytes + LENGTH_BYTES * more + PADDING_BYTES)
         self._starts = _grown(self._starts, count + 1, count + more + 1)
         if (count + more) * 2 > len(self._table):
             self._rehash((count + more) * 2)

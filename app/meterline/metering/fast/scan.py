@@ -21,6 +21,7 @@ from meterline.domain.events import (
     ID_BYTES_MAX,
 )
 from meterline.metering.fast.jit import compiled
+from meterline.metering.fast.memory import copy, is_ascii, is_equal, words_hash
 
 __all__ = ["BATCH_FIELDS", "CORRUPT", "FIELDS", "NONE", "code_again", "scan_batches"]
 
@@ -48,18 +49,20 @@ LENGTH_BYTES_MAX = 9
 
 HEAD_BYTES = 10
 
-FNV_START = np.uint64(0xCBF29CE484222325)
-FNV_FACTOR = np.uint64(0x100000001B3)
-
 
 @compiled
 def _number(data: Any, at: int, end: int) -> Any:
     """A zigzag number and where the next byte is: -1 if it is cut off or too long."""
-    value = np.uint64(0)
-    for i in range(LENGTH_BYTES_MAX):
+    if at >= end:
+        return FAILED
+    first = np.uint64(data[np.uint64(at)])
+    if first < 128:
+        return np.int64(first >> np.uint64(1)) ^ -np.int64(first & np.uint64(1)), at + 1
+    value = first & np.uint64(0x7F)
+    for i in range(1, LENGTH_BYTES_MAX):
         if at + i >= end:
             return FAILED
-        byte = np.uint64(data[at + i])
+        byte = np.uint64(data[np.uint64(at + i)])
         value |= (byte & np.uint64(0x7F)) << np.uint64(7 * i)
         if byte < 128:
             return np.int64(value >> np.uint64(1)) ^ -np.int64(value & np.uint64(1)), at + i + 1
@@ -102,10 +105,7 @@ def _text(data: Any, at: int, end: int, least: int, most: int) -> Any:
     length, at = _number(data, at, end)
     if at < 0 or length < least or length > most or length > end - at:
         return FAILED
-    every = np.uint8(0)
-    for i in range(at, at + length):
-        every |= data[i]
-    if every >= 0x80 and not _is_utf8(data, at, at + length):
+    if not is_ascii(data, at, length) and not _is_utf8(data, at, at + length):
         return FAILED
     return at, length
 
@@ -155,12 +155,8 @@ def _behind_head(data: Any, at: int, end: int, heads: Any, heads_n: Any) -> int:
     """Where the event begins; -1 if the framing is none of the known heads."""
     for i in range(heads.shape[0]):
         length = heads_n[i]
-        if end - at >= length:
-            same = True
-            for k in range(length):
-                same &= heads[i, k] == data[at + k]
-            if same:
-                return at + length
+        if end - at >= length and is_equal(heads[i], 0, data, at, length):
+            return at + length
     return NONE
 
 
@@ -218,23 +214,17 @@ def _code_of(data: Any, at: int, length: int, table: Any, texts: Any, starts: An
 
     `texts` is a ClickHouse String column as it grows: each text behind its length, one or two bytes.
     """
-    h = FNV_START
-    for i in range(at, at + length):
-        h = (h ^ np.uint64(data[i])) * FNV_FACTOR
     mask = np.uint64(table.size - 1)
-    slot = (h ^ (h >> np.uint64(29))) & mask
+    slot = words_hash(data, at, length) & mask
     while True:
         code = table[slot]
         if code < 0:
             break
-        start = starts[code]
-        if starts[code + 1] - start - (1 if length < 128 else 2) == length:
-            start = starts[code + 1] - length
-            same = True
-            for i in range(length):
-                same &= texts[start + i] == data[at + i]
-            if same:
-                return code
+        end = starts[code + 1]
+        if end - starts[code] - (1 if length < 128 else 2) == length and is_equal(
+            texts, end - length, data, at, length
+        ):
+            return code
         slot = (slot + np.uint64(1)) & mask
     code = counts[0]
     end = starts[code]
@@ -245,8 +235,7 @@ def _code_of(data: Any, at: int, length: int, table: Any, texts: Any, starts: An
         texts[end] = length & 0x7F | 0x80
         texts[end + 1] = length >> 7
         end += 2
-    for i in range(length):
-        texts[end + i] = data[at + i]
+    copy(texts, end, data, at, length)
     starts[code + 1] = end + length
     table[slot] = code
     counts[0] = code + 1
@@ -278,7 +267,7 @@ def scan_batches(
     """Read every record at or behind `first_offset` into `records`; how many, or CORRUPT.
 
     Args:
-        data: uint8, the unpacked records of all batches.
+        data: uint8, the unpacked records of all batches, and PADDING_BYTES behind them.
         batches: int64[batches, BATCH_FIELDS].
         heads, heads_n: uint8[heads, HEAD_BYTES] and int64[heads]: framings of the schema this reads.
         clients, skus, sources: what `_code_of` needs, as tuples.
@@ -343,10 +332,7 @@ def code_again(table: Any, texts: Any, starts: Any, count: int) -> None:
     for code in range(count):
         start = starts[code]
         start += 1 if texts[start] < 0x80 else 2
-        h = FNV_START
-        for i in range(start, starts[code + 1]):
-            h = (h ^ np.uint64(texts[i])) * FNV_FACTOR
-        slot = (h ^ (h >> np.uint64(29))) & mask
+        slot = words_hash(texts, start, starts[code + 1] - start) & mask
         while table[slot] >= 0:
             slot = (slot + np.uint64(1)) & mask
         table[slot] = code
