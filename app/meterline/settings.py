@@ -126,6 +126,12 @@ class MeteringSettings(BaseModel):
     """An idle, caught-up partition lets wall time move its watermark after this long."""
     dedupe_horizon_ms: int = Field(DAY_MS, ge=MINUTE_MS)
     """How long, in broker append time, a second copy of an event is recognised."""
+    dedupe_dir: str = ""
+    """Where the index of ids lies, all of it but its newest slice; empty: the system's folder for temporary
+    files. A real disk: a folder that is held in memory saves none."""
+    dedupe_disk_bytes_max: int = Field(16 * 1024**3, ge=1024 * 1024)
+    """The most a partition's index may take there, 23 bytes an id; at this limit the partition halts. The
+    default is 740 million ids."""
     late_snapshot_interval_ms: int = Field(5_000, ge=0)
     """At most one new snapshot of an already published window in this time."""
     keep_closed_windows_ms: int = Field(6 * HOUR_MS, ge=0)

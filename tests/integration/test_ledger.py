@@ -191,6 +191,7 @@ def test_dedupe_rows_end_at_the_applied_offset_and_the_horizon(client, ledger, s
         ((1 << 95) + 2, (1 << 63) + 2, NOON),
         ((1 << 95) + 3, (1 << 63) + 3, NOON + 1_000),
     ]
+    assert dedupe_rows(client, "topic", 0, 3, NOON, NOON + 1_000)[2] == [NOON]
     assert dedupe_rows(client, "topic", 9, 3, NOON) == ([], [], [])
 
 

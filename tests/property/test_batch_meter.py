@@ -19,13 +19,14 @@ from tests.clickhouse_blocks import rows_of
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_from_record, event_to_record
 from meterline.domain.credits import CREDITS_MICRO_MAX
-from meterline.domain.dedupe import DedupeIndex
 from meterline.domain.events import Correction, CorrectionKind, UsageEvent
 from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal
 from meterline.ledger.tables import EVENT_COLUMNS
 from meterline.metering import meter as meter_module
 from meterline.metering.fast import batch_meter, factory
 from meterline.metering.meter import Meter
+from meterline.metering.sliced_index import SlicedIndex
+from meterline.metering.slices import SliceFiles
 from meterline.metering.state import (
     Counters,
     Meta,
@@ -188,7 +189,7 @@ class Side:
         if self.fast:
             self.meter = factory.make_meter(0, options, decode, meta, lambda: CODEC.heads(1))
         else:
-            self.meter = Meter(0, options, decode, meta, DedupeIndex(HORIZON))
+            self.meter = Meter(0, options, decode, meta, SlicedIndex(SliceFiles.of(options)))
         rows = [row for offset, row in self.ledger.items() if offset <= meta.applied_offset]
         self.meter.seen.add_all(
             [row["identity_hash"] for row in rows],

@@ -11,7 +11,6 @@ from unittest.mock import patch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meterline.domain.dedupe import DedupeIndex
 from meterline.domain.events import Correction, CorrectionKind, UsageEvent, identity_hash, payload_digest
 from meterline.domain.reasons import Reason
 from meterline.domain.windows import SkuTotal
@@ -20,6 +19,8 @@ from meterline.ledger.tables import EVENT_COLUMNS
 from meterline.metering import meter as meter_module
 from meterline.metering.checks import check_windows
 from meterline.metering.meter import Meter
+from meterline.metering.sliced_index import SlicedIndex
+from meterline.metering.slices import SliceFiles
 from meterline.metering.state import Counters, Meta, meta_key
 from meterline.settings import MeteringSettings
 
@@ -199,7 +200,7 @@ class Worker:
 
     def restart(self, options):
         meta = Meta.from_bytes(self.state[meta_key(0)])
-        seen = DedupeIndex(HORIZON)
+        seen = SlicedIndex(SliceFiles.of(options))
         rows = [
             row
             for offset, row in self.ledger.items()

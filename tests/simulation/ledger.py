@@ -62,11 +62,11 @@ class Ledger:
         offsets = [row["offset"] for row in self._of(topic_id, partition, 2**63)]
         return (len(offsets), min(offsets), max(offsets)) if offsets else None
 
-    def dedupe_rows(self, topic_id, partition, applied_offset, appended_since_ms):
+    def dedupe_rows(self, topic_id, partition, applied_offset, appended_since_ms, appended_before_ms):
         rows = [
             row
             for row in self._of(topic_id, partition, applied_offset)
-            if row["appended_at"] >= appended_since_ms
+            if appended_since_ms <= row["appended_at"] < appended_before_ms
         ]
         names = ("identity_hash", "payload_digest", "appended_at")
         return tuple([row[name] for row in rows] for name in names)

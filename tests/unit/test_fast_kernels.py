@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from hashlib import blake2b
+from pathlib import Path
 
 import pytest
 
@@ -17,8 +19,13 @@ from meterline.metering.fast import factory, memory
 from meterline.metering.fast.blake2b import BLOCK_BYTES, LANES, digest_lanes
 from meterline.metering.fast.hashing import IDENTITY_TAG, PAYLOAD_TAG
 from meterline.metering.fast.index import SLOTS_MIN, ArrayIndex
+from meterline.metering.slices import SliceFiles
 
 HOUR = 3_600_000
+
+
+def files():
+    return SliceFiles(Path(tempfile.gettempdir()), 2**30, HOUR)
 
 
 @pytest.mark.parametrize("length", [0, 1, 8, 127, 128, 129, 256, 257, 511, 512])
@@ -51,7 +58,7 @@ def test_the_tags_are_the_contracts():
 def test_the_array_index_answers_as_the_domains_does():
     """Copies within the horizon and beyond it, a clock that steps back, many more than it began with."""
     chance = random.Random(1)
-    ours, theirs, now = ArrayIndex(HOUR), DedupeIndex(HOUR), 10 * HOUR
+    ours, theirs, now = ArrayIndex(files()), DedupeIndex(HOUR), 10 * HOUR
     for _ in range(5 * SLOTS_MIN):
         at = now + chance.randrange(-2_000, 2_000)
         now = max(now, at)
@@ -65,7 +72,7 @@ def test_the_array_index_answers_as_the_domains_does():
 
 def test_an_index_forgets_what_is_too_old_to_matter():
     """Its memory is bounded by the horizon, not by the life of the worker."""
-    index = ArrayIndex(HOUR)
+    index = ArrayIndex(files())
     for number in range(20 * SLOTS_MIN):
         index.add(number << 40, number, number * HOUR // SLOTS_MIN)
 

@@ -166,8 +166,8 @@ class World:
         offsets = [offset for topic, offset in self.rows if topic == topic_id]
         return (len(offsets), min(offsets), max(offsets)) if offsets else None
 
-    def dedupe_rows(self, topic_id, _, until, since):
-        rows = [row for row in self._rows(topic_id, until) if row["appended_at"] >= since]
+    def dedupe_rows(self, topic_id, _, until, since, before):
+        rows = [row for row in self._rows(topic_id, until) if since <= row["appended_at"] < before]
         names = ("identity_hash", "payload_digest", "appended_at")
         return tuple([row[name] for row in rows] for name in names)
 

@@ -7,12 +7,13 @@ from typing import NamedTuple
 import pytest
 
 from meterline.domain.credits import CREDITS_MICRO_MAX
-from meterline.domain.dedupe import DedupeIndex
 from meterline.domain.events import Correction, UsageEvent
 from meterline.domain.reasons import Reason
 from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal
 from meterline.ledger.tables import EVENT_COLUMNS
 from meterline.metering.meter import Meter
+from meterline.metering.sliced_index import SlicedIndex
+from meterline.metering.slices import SliceFiles
 from meterline.metering.state import Counters, Meta, meta_key, parse_published_value, window_key
 from meterline.settings import MeteringSettings
 
@@ -45,7 +46,7 @@ class Partition:
             keep_closed_windows_ms=keep,
             late_snapshot_interval_ms=CADENCE,
         )
-        self.meter = Meter(0, options, lambda value: value, meta, DedupeIndex(HORIZON))
+        self.meter = Meter(0, options, lambda value: value, meta, SlicedIndex(SliceFiles.of(options)))
         self.meter.restore(self.state)
         self.next = meta.applied_offset + 1
 

@@ -15,7 +15,7 @@ _TIME_BITS = 48
 _TIME_MASK = (1 << _TIME_BITS) - 1
 
 SLICES_PER_HORIZON = 24
-"""Ids leave in slices; memory holds at most one slice more than the horizon."""
+"""Ids leave in slices: at most one slice more than the horizon is held."""
 
 
 class SeenIds(Protocol):
@@ -33,9 +33,19 @@ class SeenIds(Protocol):
     def add_all(self, identities: Iterable[int], digests: Iterable[int], appended_at: Iterable[int]) -> None:
         """Rebuild from columns in any order; where an id stands twice, the later copy counts."""
 
+    def close_slice(self, now: int) -> None:
+        """Let it put away its newest slice when that is due, at the largest append time so far (ms).
+
+        Never while a chunk is decided: who decides may have looked through the older slices already.
+        """
+
 
 class DedupeIndex:
-    """Identity hash -> payload digest and append time (milliseconds) of the copy that counts."""
+    """Identity hash -> payload digest and append time (milliseconds) of the copy that counts.
+
+    All in memory: for a repair, which looks at a partition once. A worker's index has files for its older
+    slices (`metering.slices`).
+    """
 
     def __init__(self, horizon_ms: int) -> None:
         self._horizon_ms = horizon_ms
@@ -73,6 +83,9 @@ class DedupeIndex:
             zip(identities, digests, appended_at, strict=True), key=lambda row: row[2]
         ):
             self.add(identity, digest, at)
+
+    def close_slice(self, now: int) -> None:
+        """Nothing to do: all of it is in memory."""
 
     def _forget(self, now: int) -> None:
         for number in [n for n in self._slices if (n + 1) * self._slice_ms < now - self._horizon_ms]:

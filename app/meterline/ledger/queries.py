@@ -18,6 +18,9 @@ __all__ = ["CLIENTS_PER_QUERY_MAX", "dedupe_rows", "kept_windows", "partition_of
 CLIENTS_PER_QUERY_MAX = 250
 """Client ids of 200 bytes, written twice and escaped, stay below the 256 KiB a server takes as a query."""
 
+NO_END_MS = 10_000_000_000_000
+"""The year 2286, still within what the ledger's times can be."""
+
 _SKU_TOTALS = """
     countIf(billable), sumIf(credits_micro, billable),
     countIf(NOT billable), sumIf(credits_micro, NOT billable)
@@ -91,8 +94,13 @@ def partition_offsets(client: Client, topic_id: str, partition: int) -> tuple[in
     return (count, first, last) if count else None
 
 
-def dedupe_rows(
-    client: Client, topic_id: str, partition: int, applied_offset: int, appended_since_ms: int
+def dedupe_rows(  # noqa: PLR0917 - six plain facts
+    client: Client,
+    topic_id: str,
+    partition: int,
+    applied_offset: int,
+    appended_since_ms: int,
+    appended_before_ms: int = NO_END_MS,
 ) -> tuple[list[int], list[int], list[int]]:
     """The events a second copy may still arrive of: what a worker's dedupe index is rebuilt from.
 
@@ -108,11 +116,13 @@ def dedupe_rows(
         SELECT identity_hash, payload_digest, toUnixTimestamp64Milli(appended_at)
         FROM events
         WHERE appended_at >= fromUnixTimestamp64Milli(%(appended_since)s, 'UTC')
+          AND appended_at < fromUnixTimestamp64Milli(%(appended_before)s, 'UTC')
           AND topic_id = %(topic_id)s AND `partition` = %(partition)s AND `offset` <= %(applied_offset)s
         LIMIT 1 BY `offset`
         """,
         {
             "appended_since": appended_since_ms,
+            "appended_before": appended_before_ms,
             "topic_id": topic_id,
             "partition": partition,
             "applied_offset": applied_offset,

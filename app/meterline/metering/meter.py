@@ -482,8 +482,13 @@ class Meter:
         return flush
 
     def committed(self, flush: Flush) -> None:
-        """The broker has the flush."""
+        """The broker has the flush.
+
+        Raises:
+            PartitionHalted: the dedupe index has no room to go on; the flush stands.
+        """
         self.meta = flush.meta
+        self.seen.close_slice(self._appended_at)
 
     def _accounted_until(self) -> int:
         """Log time up to which nothing can be missing: more records may share the newest append time."""

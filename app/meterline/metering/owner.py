@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_from_record
 from meterline.contracts.topics import USAGE_EVENTS_DLQ
+from meterline.domain.dedupe import SLICES_PER_HORIZON
 from meterline.domain.events import UsageEvent
 from meterline.ledger import queries
 from meterline.ledger.reader import LedgerReader
@@ -40,6 +41,10 @@ __all__ = ["MeteringOwner", "MeteringTools"]
 log = get_logger(__name__)
 
 FORMAT_WITHOUT_TOTALS = 1
+
+INDEX_ROWS_AT_ONCE = 500_000
+"""A partition with fewer rows is asked for its ids in one question; others in parts, so that a day of a busy
+partition, some hundred bytes an id on their way, is never in memory at once."""
 
 GAUGES = (WATERMARK_SECONDS, WATERMARK_AGE_SECONDS, WINDOWS_OPEN, OLDEST_WINDOW_SECONDS, DEDUPE_IDS)
 """Of a partition, as long as it is ours."""
@@ -98,15 +103,7 @@ class MeteringOwner(PartitionOwner):
             meta = replace(meta, format=FORMAT_VERSION)
         check_log(meta, log, settings)
         self._meter = self._tools.make_meter(log.partition, settings, self._decoder(), meta)
-        self._meter.seen.add_all(
-            *await reader.ask(
-                queries.dedupe_rows,
-                log.topic_id,
-                log.partition,
-                meta.applied_offset,
-                max(0, meta.appended_at - settings.dedupe_horizon_ms),
-            )
-        )
+        await self._rebuild_index(meta, in_ledger[0] if in_ledger is not None else 0)
         self._meter.restore(state)
         if lacks_totals:
             self._meter.adopt_totals(
@@ -117,6 +114,17 @@ class MeteringOwner(PartitionOwner):
         WATERMARK_AGE_SECONDS.labels(self._partition).set_function(self._watermark_age_s)
         self._show()
         return self._meter.next_offset
+
+    async def _rebuild_index(self, meta: Meta, rows: int) -> None:
+        """From the ledger, part by part of the horizon, the oldest first: each goes to a file before the next."""
+        seen, horizon_ms = self._meter.seen, self._tools.settings.dedupe_horizon_ms
+        where = meta.topic_id, self._partition, meta.applied_offset
+        step = horizon_ms // min(SLICES_PER_HORIZON, 1 + rows // INDEX_ROWS_AT_ONCE) + 1
+        for since in range(max(0, meta.appended_at - horizon_ms), meta.appended_at + 1, step):
+            # The last one has no end: nothing that was committed can be left out.
+            before = since + step if since + step <= meta.appended_at else queries.NO_END_MS
+            seen.add_all(*await self._tools.reader.ask(queries.dedupe_rows, *where, since, before))
+            seen.close_slice(min(before, meta.appended_at))
 
     def _tell_replayed(self, in_ledger: tuple[int, int, int] | None, meta: Meta) -> None:
         """A crash between insert and commit leaves rows behind; they are inserted again, as the same rows."""

@@ -12,7 +12,6 @@ from typing import Any
 
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.topics import USAGE_EVENTS, USAGE_EVENTS_DLQ, USAGE_TOTALS, USAGE_WINDOWS
-from meterline.domain.dedupe import DedupeIndex
 from meterline.domain.events import UsageEvent
 from meterline.errors import UserError
 from meterline.ledger.reader import LedgerReader
@@ -20,6 +19,8 @@ from meterline.ledger.writer import LedgerWriter
 from meterline.metering.fast import load_fast_path
 from meterline.metering.meter import Meter
 from meterline.metering.owner import MeteringOwner, MeteringTools
+from meterline.metering.sliced_index import SlicedIndex
+from meterline.metering.slices import SliceFiles
 from meterline.metering.state import GROUP, Meta
 from meterline.settings import MeteringSettings, Settings, load_settings
 from meterline.streaming.app import WorkerApp, WorkerPlan, build_app
@@ -93,7 +94,7 @@ def make_meter(
     partition: int, settings: MeteringSettings, decode: Callable[[bytes | None], UsageEvent], meta: Meta
 ) -> Meter:
     """The plain meter, which needs nothing but Python."""
-    return Meter(partition, settings, decode, meta, DedupeIndex(settings.dedupe_horizon_ms))
+    return Meter(partition, settings, decode, meta, SlicedIndex(SliceFiles.of(settings)))
 
 
 def __getattr__(name: str) -> Any:

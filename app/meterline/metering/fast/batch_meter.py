@@ -26,7 +26,7 @@ from meterline.metering.fast.fold import (
     STATE_FIELDS,
     fold_records,
 )  # fmt: skip
-from meterline.metering.fast.hashing import HASH_FIELDS, Scratch, hash_records
+from meterline.metering.fast.hashing import HASH_FIELDS, IDENTITY_LOW, Scratch, hash_records
 from meterline.metering.fast.index import ArrayIndex
 from meterline.metering.fast.memory import PADDING_BYTES
 from meterline.metering.fast.rows import Names, Rows
@@ -198,6 +198,8 @@ class BatchMeter(Meter):
         records, odd = scanned.records, scanned.odd
         count = len(records)
         hash_records(scanned.data, records, count, self._work.hashes, *self._scratch)
+        # A copy of an id in a closed slice, within the horizon or not, is for the plain meter.
+        records[self._index.may_be_older(self._work.hashes[:count, IDENTITY_LOW]), ORDINARY] = 0
         self._index.make_room(count, self._appended_at)
         rows = self._encoded.lend(count, len(scanned.data))
         self._bound_sums()

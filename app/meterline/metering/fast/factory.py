@@ -9,6 +9,7 @@ from meterline.domain.reasons import Reason
 from meterline.errors import DeadLetterError
 from meterline.metering.fast.batch_meter import BatchMeter
 from meterline.metering.fast.index import ArrayIndex
+from meterline.metering.slices import SliceFiles
 from meterline.metering.state import Meta
 from meterline.settings import MeteringSettings
 from meterline.streaming.batches import BatchedRecords, RawBatch
@@ -24,7 +25,7 @@ def make_meter(
     heads: Callable[[], Sequence[bytes]],
 ) -> BatchMeter:
     """A meter that has seen nothing."""
-    return BatchMeter(partition, settings, decode, meta, ArrayIndex(settings.dedupe_horizon_ms), heads)
+    return BatchMeter(partition, settings, decode, meta, ArrayIndex(SliceFiles.of(settings)), heads)
 
 
 def warm_up() -> None:
@@ -35,7 +36,7 @@ def warm_up() -> None:
     records = b"".join(_record(number, value) for number, value in enumerate((_EVENT, b"")))
     meter.take(BatchedRecords([RawBatch("", 0, 0, 1, 2, 1, 1, records)]))
     meter.build_flush(0)
-    index = ArrayIndex(1)
+    index = ArrayIndex(SliceFiles.of(settings))
     index.add_all([1], [1], [1])
     index.make_room(10_000, 1)
     index.find(1, 1)

@@ -18,6 +18,7 @@ from meterline.metering.fast.fold import (
     put_ids,
     slot_of,
 )  # fmt: skip
+from meterline.metering.slices import SliceFiles
 
 __all__ = ["ArrayIndex"]
 
@@ -31,24 +32,33 @@ LOW_MASK = 2**64 - 1
 class ArrayIndex:
     """Identity hash -> payload digest and append time (ms) of the copy that counts. 32 bytes a slot.
 
-    What is older than the horizon is found to be so, and leaves when the array is made anew.
+    The array is the newest slice, which the kernels search and fill; the older ones are files. What is older
+    than the horizon is found to be so, and leaves when the array is made anew.
     """
 
-    def __init__(self, horizon_ms: int) -> None:
-        self.horizon_ms = horizon_ms
+    def __init__(self, files: SliceFiles) -> None:
+        self.horizon_ms = files.horizon_ms
+        self._files = files
         self.taken = 0
         self.slots = _empty(SLOTS_MIN)
         self._newest = 0
 
     def __len__(self) -> int:
-        return self.taken
+        return self.taken + len(self._files)
 
     def find(self, identity: int, appended_at: int) -> int | None:
         """Payload digest of the copy that counts, or None if there was none within the horizon."""
         entry = self._entry(identity)
         if entry[ID_TIME] == NO_TIME or appended_at - int(entry[ID_TIME]) > self.horizon_ms:
-            return None
+            return self._files.find(identity, appended_at - self.horizon_ms)
         return int(entry[ID_DIGEST])
+
+    def may_be_older(self, lows: Any) -> Any:
+        """Which ids are in closed slices, by their low bits (uint64[ids]): `find` must be asked of them.
+
+        It stays so until a slice is closed.
+        """
+        return self._files.may_hold(lows)
 
     def add(self, identity: int, digest: int, appended_at: int) -> None:
         """Remember the copy that counts."""
@@ -64,8 +74,20 @@ class ArrayIndex:
         times = np.array(list(appended_at), np.uint64)
         lows = np.array([identity & LOW_MASK for identity in ids], np.uint64)
         highs = np.array([identity >> 64 for identity in ids], np.uint64)
+        if ids:
+            self._files.begin(int(times.min()))
         self.make_room(len(ids), int(times.max(initial=0)))
         self.taken += put_ids(self.slots, lows, highs, np.array(list(digests), np.uint64), times)
+
+    def close_slice(self, now: int) -> None:
+        """Write the array to a file if it is old or large enough."""
+        if not self._files.is_due(self.taken, now):
+            return
+        ids = self.slots[self.slots[:, ID_TIME] != NO_TIME]
+        columns = ids[:, ID_LOW], ids[:, ID_HIGH], ids[:, ID_DIGEST], ids[:, ID_TIME]
+        self._files.append(columns, now)
+        self.slots[:, ID_TIME] = NO_TIME  # the next slice will want as many
+        self.taken = 0
 
     def make_room(self, more: int, appended_at: int) -> None:
         """Let so many more ids fit in, the newest of them appended at that time."""
