@@ -14,6 +14,9 @@ TRANSACTIONS = "app/meterline/streaming/transactions.py"
 
 FUNCTION_OF_LOG = "tests/property/test_meter.py::test_everything_that_is_said_is_a_function_of_the_log"
 TOTALS_TRUE = "tests/property/test_meter.py::test_totals_and_progress_are_true_for_ever"
+CHARGED_ONCE = (
+    "tests/property/test_batch_meter.py::test_a_copy_is_charged_once_whatever_slice_its_first_is_in"
+)
 METER_TESTS = "tests/unit/test_metering_meter.py"
 GUARDS = "tests/unit/test_guards_metering.py"
 CRASH_CREDITS = f"{GUARDS}::test_a_crash_at_any_write_changes_no_credit"
@@ -78,14 +81,53 @@ MUTANTS = [
         speaks_of=f"{LEDGER_ROWS}|_duplicates",
     ),
     Mutant(
+        name="older-slices",
+        removes="only the newest slice is searched: a copy an hour later is billed twice",
+        edits=[
+            Edit(
+                "app/meterline/metering/sliced_index.py",
+                "            return self._files.find(identity, oldest)\n",
+                "            return None\n",
+            )
+        ],
+        tests=[FUNCTION_OF_LOG, CHARGED_ONCE],
+        speaks_of=f"{LEDGER_ROWS}|charged == credits_charged",
+    ),
+    Mutant(
+        name="older-slices-of-the-fast-path",
+        removes="the kernels take an id of an older slice for new: a copy an hour later is billed twice",
+        edits=[
+            Edit(
+                "app/meterline/metering/fast/batch_meter.py",
+                "        records[older, ORDINARY] = 0\n",
+                "",
+            )
+        ],
+        tests=[CHARGED_ONCE],
+        speaks_of=r"charged == credits_charged",
+    ),
+    Mutant(
+        name="slice-that-leaves-too-early",
+        removes="a slice is forgotten while its last ids are within the horizon",
+        edits=[
+            Edit(
+                "app/meterline/metering/slices.py",
+                "        oldest = now - self.horizon_ms\n        self._slices",
+                "        oldest = now - self.horizon_ms // 2\n        self._slices",
+            )
+        ],
+        tests=[CHARGED_ONCE],
+        speaks_of=r"charged == credits_charged",
+    ),
+    Mutant(
         name="own-rows-as-duplicates",
         removes="the index is rebuilt from all rows, also those of a flush that did not commit: they swallow "
         "themselves, and are never billed",
         edits=[
             Edit(
                 OWNER,
-                "                log.partition,\n                meta.applied_offset,\n                max(0",
-                "                log.partition,\n                2**62,\n                max(0",
+                "where = meta.topic_id, self._partition, meta.applied_offset\n",
+                "where = meta.topic_id, self._partition, 2**62\n",
             )
         ],
         tests=[CRASH_CREDITS, CRASH_COUNTS],

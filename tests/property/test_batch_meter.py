@@ -19,6 +19,7 @@ from tests.clickhouse_blocks import rows_of
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_from_record, event_to_record
 from meterline.domain.credits import CREDITS_MICRO_MAX
+from meterline.domain.dedupe import SLICES_PER_HORIZON
 from meterline.domain.events import Correction, CorrectionKind, UsageEvent
 from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal
 from meterline.ledger.tables import EVENT_COLUMNS
@@ -40,6 +41,7 @@ from meterline.settings import MeteringSettings
 from meterline.streaming.batches import BatchedRecords
 
 LENGTH, HORIZON, START, FIRST = 1_000, 60_000, 10_000_000, 5
+SLICE = HORIZON // SLICES_PER_HORIZON
 FIVE_MINUTES = 300_000
 REGISTRY_ID = 7
 CODEC = RecordCodec("usage-event")
@@ -492,6 +494,30 @@ def test_the_edge_of_the_horizon_is_the_same(age, accepted):
 
     assert plain == fast
     assert fast["counts"][0] == accepted
+
+
+@pytest.mark.parametrize(
+    ("age", "credits_charged"), [(SLICE, 7), (HORIZON // 2, 7), (HORIZON, 7), (HORIZON + 1, 14)]
+)
+def test_a_copy_is_charged_once_whatever_slice_its_first_is_in(age, credits_charged):
+    """Each flush closes a slice: the first stands in memory, in a file behind others, in one that leaves."""
+    first = UsageEvent("e", "a", "task", "x", 7, 0)
+    moments = [*range(0, age, SLICE), age]
+    data = b"".join(
+        kafka_batches.batch(
+            FIRST + number, [(FIRST + number, START + at, None, encoded(event, CODEC.heads(1)[0], START), [])]
+        )
+        for number, at in enumerate(moments)
+        for event in (first if at in {0, age} else first._replace(event_id=f"other-{number}"),)
+    )
+    sides = [Side(fast, MeteringSettings(dedupe_horizon_ms=HORIZON), first_state()) for fast in (False, True)]
+    for side in sides:
+        for number in range(len(moments)):
+            side.take(data, FIRST + number)
+            side.flush(START)
+        charged = sum(row["credits_micro"] for row in side.ledger.values() if row["event_id"] == "e")
+
+        assert charged == credits_charged
 
 
 def test_a_sum_near_its_limit_is_known_after_plain_records():

@@ -104,6 +104,8 @@ def test_every_truncation_and_every_trailing_byte_is_refused(codec):
 
     assert {refusal(codec, data[:end]).reason for end in range(10, len(data))} == {Reason.UNDECODABLE}
     assert refusal(codec, data + b"\x00").reason == Reason.UNDECODABLE
+    # The same bytes are the same dead letter, after a crash as well: no address of anything in memory.
+    assert not [end for end in range(10, len(data)) if " at 0x" in refusal(codec, data[:end]).detail]
 
 
 def test_a_details_length_is_bounded(codec, monkeypatch):

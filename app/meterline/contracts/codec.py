@@ -108,7 +108,9 @@ class RecordCodec:
         try:
             record: Any = schemaless_reader(stream, *schemas)
         except Exception as error:  # hostile bytes raise anything; each is the same dead letter
-            detail = f"not a {self.name}: {type(error).__name__} {error}"[:DETAIL_CHARS_MAX]
+            # Some of its texts show the stream with its address: a dead letter says the same each time.
+            said = str(error).replace(repr(stream), "the record")
+            detail = f"not a {self.name}: {type(error).__name__} {said}"[:DETAIL_CHARS_MAX]
             raise DeadLetterError(Reason.UNDECODABLE, detail) from error
         if (end := stream.tell()) != len(data):
             raise DeadLetterError(Reason.UNDECODABLE, f"{len(data) - end} bytes behind the {self.name}")

@@ -116,7 +116,7 @@ class MeteringOwner(PartitionOwner):
         return self._meter.next_offset
 
     async def _rebuild_index(self, meta: Meta, rows: int) -> None:
-        """From the ledger, part by part of the horizon, the oldest first: each goes to a file before the next."""
+        """From the ledger, part by part of the horizon: each goes to a file before the next."""
         seen, horizon_ms = self._meter.seen, self._tools.settings.dedupe_horizon_ms
         where = meta.topic_id, self._partition, meta.applied_offset
         step = horizon_ms // min(SLICES_PER_HORIZON, 1 + rows // INDEX_ROWS_AT_ONCE) + 1

@@ -136,7 +136,7 @@ class SliceFiles:
                 "METERLINE_METERING__DEDUPE_DISK_BYTES_MAX, or shorten METERLINE_METERING__DEDUPE_HORIZON_MS, "
                 "and start the worker again"
             )
-        # One group but for a broker's clock that jumped: a span that three bytes can't tell makes two.
+        # One group, but for a broker's clock that jumped: three bytes can't tell its span.
         groups = (times - times.min()) >> np.uint64(TIME_BITS)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -145,8 +145,8 @@ class SliceFiles:
                 self._slices.append(_Slice(self._folder, *(column[chosen] for column in columns)))
         except OSError as error:
             raise PartitionHalted(
-                f"a slice of the dedupe index can't be written in {self._folder}: {error}. Make room there, or "
-                "name another folder in METERLINE_METERING__DEDUPE_DIR, and start the worker again"
+                f"a slice of the dedupe index can't be written in {self._folder}: {error}. Make room there, "
+                "or name another folder in METERLINE_METERING__DEDUPE_DIR, and start the worker again"
             ) from error
 
 
@@ -176,7 +176,7 @@ class _Slice:
         spread = lows * np.uint64(SPREAD)
         bits = _bits(spread)
         np.bitwise_or.at(self.filter, _words(spread >> np.uint64(32), self.filter.size), bits)
-        self.words = memoryview(self.filter)
+        self.words: Any = self.filter.data
         self._sorted = memoryview(mapped)[: 8 * count].cast("Q")
 
     def __len__(self) -> int:

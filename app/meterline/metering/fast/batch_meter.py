@@ -199,7 +199,8 @@ class BatchMeter(Meter):
         count = len(records)
         hash_records(scanned.data, records, count, self._work.hashes, *self._scratch)
         # A copy of an id in a closed slice, within the horizon or not, is for the plain meter.
-        records[self._index.may_be_older(self._work.hashes[:count, IDENTITY_LOW]), ORDINARY] = 0
+        older = self._index.may_be_older(self._work.hashes[:count, IDENTITY_LOW])
+        records[older, ORDINARY] = 0
         self._index.make_room(count, self._appended_at)
         rows = self._encoded.lend(count, len(scanned.data))
         self._bound_sums()
