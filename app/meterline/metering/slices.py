@@ -133,7 +133,6 @@ class SliceFiles:
             raise PartitionHalted(
                 f"the dedupe index needs {bytes_:,} bytes in {self._folder}, and may have "
                 f"{self._bytes_max:,}. Nothing is forgotten, so nothing is taken. Raise "
-                f"{self._bytes_max:,}. Nothing is forgotten, so nothing is taken. Raise "
                 "METERLINE_METERING__DEDUPE_DISK_BYTES_MAX or shorten METERLINE_METERING__DEDUPE_HORIZON_MS, "
                 "and start the worker again"
             )
