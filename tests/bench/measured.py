@@ -117,8 +117,7 @@ def measure_ours(
     The clock starts when the worker has its partitions, right before the first record is read.
     """
     work.publish(bench_producer(bootstrap), USAGE_EVENTS, slice(None))
-    command = [str(Path(sys.executable).with_name("meterline")), "worker", "metering"]
-    with started([*command, "--web-port", str(web_port)], environment, log_file) as worker:
+    with started(worker_command(web_port), environment, log_file) as worker:
         worker.wait(lambda: int(is_ready(web_port)), 1, START_TIMEOUT_S, READY_POLL_INTERVAL_S)
         clock, cpu_s = time.monotonic(), worker.cpu_s()
         worker.wait(
@@ -127,6 +126,12 @@ def measure_ours(
         return Measurement(
             len(work.messages), worker.cpu_s() - cpu_s, time.monotonic() - clock, worker.memory_mib()
         )
+
+
+def worker_command(web_port: int) -> list[str]:
+    """What starts a metering worker."""
+    meterline = Path(sys.executable).with_name("meterline")
+    return [str(meterline), "worker", "metering", "--web-port", str(web_port)]
 
 
 def measure_stock(work: Workload, bootstrap: str, name: str, log_file: Path) -> Measurement:

@@ -7,8 +7,8 @@ What is counted: user and system time of the worker's process, all its threads, 
 read the same kind of bytes (the published schema, single-object framing, the same skewed clients); the
 publisher, the broker and ClickHouse are other processes and not counted. Ours finds a backlog: its clock runs
 from the moment it has its partitions until the last event is committed, and no time goes by waiting for a
-publisher, in which its loop would turn for nothing. The others are slower than the publisher: their clock runs
-from right before their events are published, the first 1,000 of them apart.
+publisher, in which its loop would turn for nothing. The others are slower than the publisher: their clock
+runs from right before their events are published, the first 1,000 of them apart.
 
 * Ours is `meterline worker metering` as it is shipped, twice: on the fast path (extra `fast`), on the plain
   one. Decode, checks, exact dedupe, rows acknowledged by the ledger, changelog and window snapshots in Kafka
@@ -24,11 +24,11 @@ from right before their events are published, the first 1,000 of them apart.
   stops when their group has committed the last offset. Quix Streams needs an environment of its own, Kafka
   Streams a Java with its compiler; who isn't there is left out, and the table says so.
 
-So the others are given less work. One difference is for us: a run of ours has more events, so that what a run costs
-whatever its size (connections, closing the same ten windows) is shared by more of them. Set here: windows of
-2 s and no lateness, so that they close inside the run and not in an hour. There are no duplicates, because
-the others would count them: dedupe is paid for, but not put to the test here. A busy machine raises CPU time too:
-compare by the ratio, within a run.
+So the others are given less work. One difference is for us: a run of ours has more events, so that what a
+run costs whatever its size (connections, closing the same ten windows) is shared by more of them. Set here:
+windows of 2 s and no lateness, so that they close inside the run and not in an hour. There are no duplicates,
+because the others would count them: dedupe is paid for, but not put to the test here. A busy machine raises
+CPU time too: compare by the ratio, within a run.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class Bench:
         broker, name = self._kafka.bootstrap_servers, f"bench-{side}-{number}"
         guarantee = {"BENCH_GUARANTEE": "exactly-once" if side == "quix-eos" else "at-least-once"}
         log = self._directory / f"{name}.log"
-        measured = measure_other(work, broker, name, command, guarantee, log)
+        measured = measure_other(work, broker, name, command=command, environment=guarantee, log=log)
         self.wrong += wrong_in_sums(work, broker, sums_topic(name), side)
         return measured
 

@@ -52,7 +52,13 @@ def kafka_streams_command() -> list[str] | None:
 
 
 def measure_other(
-    work: Workload, bootstrap: str, name: str, command: list[str], environment: Mapping[str, str], log: Path
+    work: Workload,
+    bootstrap: str,
+    name: str,
+    *,
+    command: list[str],
+    environment: Mapping[str, str],
+    log: Path,
 ) -> Measurement:
     """Run another library through the events, until its group has committed the last offset."""
     source = NewTopic(name, PARTITIONS, 1, config={"message.timestamp.type": "CreateTime"})

@@ -1,0 +1,149 @@
+"""`make bench-latency`: from publish until the event can be read in the ledger, at a steady rate.
+
+One local stack, one metering worker as it is shipped (windows of an hour, the default flush interval). Events
+come in an open loop: each is due at its moment, whatever happened to those before, and its time counts from
+then. It is visible when an answer of the ledger shows its offset; the ledger is asked again 10 ms after the
+answer before: by so much, and by what a question takes, the figures are too high. Publisher, asker, broker,
+ClickHouse and worker share the machine. The first seconds are not counted.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tempfile
+import threading
+import time
+from bisect import bisect_left
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from confluent_kafka import Producer
+from tests.bench.measured import START_TIMEOUT_S, is_ready, started, worker_command
+from tests.bench.workload import make_workload
+
+from meterline.contracts.topic_admin import TopicAdmin
+from meterline.contracts.topics import USAGE_EVENTS, load_topics
+from meterline.ledger.client import connect
+from meterline.ledger.migrate import apply_migrations
+from meterline.local.ports import Ports
+from meterline.local.stack import Stack
+from meterline.settings import ClickHouseSettings, KafkaSettings
+
+WARM_UP_S = 5.0
+BEAT_S = 0.002
+ASK_INTERVAL_S = 0.010
+VISIBLE_WITHIN_S = 30.0
+VISIBLE = "SELECT partition, max(offset) FROM events GROUP BY partition"
+
+Seen = dict[int, list[tuple[int, float]]]
+"""By partition: newest offset of an answer, and when it came. Both rise."""
+
+
+class Asker(threading.Thread):
+    """Asks the ledger how far it is, again and again."""
+
+    def __init__(self, settings: ClickHouseSettings) -> None:
+        super().__init__(daemon=True)
+        self.seen: Seen = defaultdict(list)
+        self.enough = threading.Event()
+        self._client = connect(settings)
+
+    def run(self) -> None:
+        while not self.enough.wait(ASK_INTERVAL_S):
+            answer = self._client.execute(VISIBLE)
+            now = time.monotonic()
+            for partition, offset in answer:
+                self.seen[partition].append((offset, now))
+        self._client.disconnect()
+
+
+def publish(bootstrap: str, events: int, per_s: int) -> dict[tuple[int, int], float]:
+    """Send events at their moments; where each stands in the log, and when it was due."""
+    messages = make_workload(events, time.time_ns() // 1_000_000, 1).messages
+    producer = Producer(
+        {"bootstrap.servers": bootstrap, "partitioner": "murmur2", "enable.idempotence": True, "linger.ms": 5}
+    )
+    due_at: dict[tuple[int, int], float] = {}
+    begun = time.monotonic()
+    sent = 0
+    while sent < events:
+        due = min(events, int((time.monotonic() - begun) * per_s))
+        for number in range(sent, due):
+            client, value, _, _ = messages[number]
+            at = begun + number / per_s
+
+            def acknowledged(error: object, message: object, at: float = at) -> None:
+                assert error is None, error
+                due_at[message.partition(), message.offset()] = at
+
+            producer.produce(USAGE_EVENTS, value, client, on_delivery=acknowledged)
+        sent = due
+        producer.poll(BEAT_S)
+    producer.flush(VISIBLE_WITHIN_S)
+    return {place: at for place, at in due_at.items() if at - begun >= WARM_UP_S}
+
+
+def latencies(due_at: dict[tuple[int, int], float], asker: Asker) -> list[float]:
+    """Seconds from due to visible, sorted; waits until all of them are.
+
+    Raises:
+        TimeoutError: some never become visible.
+    """
+    last: dict[int, int] = {}
+    for partition, offset in due_at:
+        last[partition] = max(offset, last.get(partition, -1))
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
+    while any(not asker.seen[p] or asker.seen[p][-1][0] < offset for p, offset in last.items()):
+        if time.monotonic() > deadline:
+            raise TimeoutError("events that were published are not in the ledger")
+        time.sleep(0.1)
+    asker.enough.set()
+    asker.join()
+    for answers in asker.seen.values():
+        assert all(before <= after for before, after in pairwise(answers))
+    return sorted(
+        asker.seen[partition][bisect_left(asker.seen[partition], (offset, 0.0))][1] - at
+        for (partition, offset), at in due_at.items()
+    )
+
+
+def bench(
+    per_s: Annotated[int, typer.Option(min=10, help="Events a second.")] = 5_000,
+    seconds: Annotated[int, typer.Option(min=6, max=240, help="How long, warm-up included.")] = 25,
+) -> None:
+    """Publish to ledger-visible: median, p99 and the longest."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    ports = Ports.free()
+    kafka = KafkaSettings(bootstrap_servers=f"127.0.0.1:{ports.kafka}")
+    clickhouse = ClickHouseSettings(port=ports.clickhouse)
+    with tempfile.TemporaryDirectory(prefix="meterline-bench-") as directory:
+        stack = Stack(Path(directory) / "stack", ports)
+        try:
+            stack.up()
+            TopicAdmin(kafka).apply(load_topics())
+            apply_migrations(clickhouse)
+            environment = {
+                **stack.environment(),
+                "METERLINE_WORKER__DATA_DIR": str(Path(directory) / "worker"),
+            }
+            web_port = Ports.free().stripe
+            with started(worker_command(web_port), environment, Path(directory) / "worker.log") as worker:
+                worker.wait(lambda: int(is_ready(web_port)), 1, START_TIMEOUT_S)
+                asker = Asker(clickhouse)
+                asker.start()
+                taken = latencies(publish(kafka.bootstrap_servers, per_s * seconds, per_s), asker)
+        finally:
+            stack.down(wipe=True)
+    p50, p99 = (taken[int(len(taken) * share)] * 1000 for share in (0.5, 0.99))
+    typer.echo(
+        f"{len(taken):,} events at {per_s:,}/s: visible in the ledger after {p50:.0f} ms (median), "
+        f"{p99:.0f} ms (p99), {taken[-1] * 1000:.0f} ms (longest)"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(bench)
