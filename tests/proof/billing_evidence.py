@@ -65,12 +65,13 @@ def ledger(places: Places) -> ClickHouse:
 
 
 def steps(places: Places) -> Iterator[Step]:
-    """A crash between insert and commit leaves copies of rows until a merge: each different one once."""
+    """Each once: a crash between insert and commit leaves copies of rows until a merge."""
     with ledger(places) as asked:
         found = asked.execute_iter(
-            "SELECT DISTINCT log_id, `partition`, seq, kind, client_id, toUnixTimestamp64Milli(period_start), "
-            "toUnixTimestamp64Milli(window_start), source_partition, cutoff_offset, credits_micro, "
-            "identifier, value, reason, toUnixTimestamp64Milli(recorded_at) FROM usage_record_log "
+            "SELECT DISTINCT log_id, `partition`, seq, kind, client_id, "
+            "toUnixTimestamp64Milli(period_start), toUnixTimestamp64Milli(window_start), "
+            "source_partition, cutoff_offset, credits_micro, identifier, value, reason, "
+            "toUnixTimestamp64Milli(recorded_at) FROM usage_record_log "
             "ORDER BY log_id, `partition`, seq",
             settings={"max_block_size": 50_000},
         )

@@ -1,8 +1,8 @@
 """The sandbox's clock as the workers of the proof see it: a page of memory that says what the sandbox said.
 
-Time stands between two moves. Months pass in minutes, so the mover waits for workers that have a request under
-way, or that have not looked at the clock for `BEHIND_MS`: an answer that Stripe gave hours ago is one that no
-real worker would still have in hand.
+Time stands between two moves. Months pass in minutes, so the mover waits for workers that have a request
+under way, or that have not looked at the clock for `BEHIND_MS`: no real worker would still have in hand what
+Stripe answered hours ago.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ NOW, SEEN, UNDER_WAY = 0, 1, 1 + SLOTS
 """Places: the time; what each worker saw last; how many requests each has under way."""
 BEHIND_MS = 2 * 3_600_000
 """A summary is believed six hours after the last request: what was asked two hours ago is far from that."""
-BEHIND_S_MAX = 5.0
+LOOKS_S_MAX = 1.0
+"""A worker without partitions never looks. One that stands still for six such hours is fenced by then."""
+UNDER_WAY_S_MAX = 5.0
 """No request begins later than this after the commit of its attempt, so none is late by more than a move."""
 
 
@@ -86,18 +88,22 @@ class Mover:
     def move_to(self, moment_ms: int) -> None:
         """Returns when everything has happened at Stripe that was due by then."""
         began = time.monotonic()
-        while self._is_waited_for(moment_ms - BEHIND_MS) and time.monotonic() - began < BEHIND_S_MAX:
-            time.sleep(0.005)
+        for waits, seconds in ((self._is_behind, LOOKS_S_MAX), (self._is_sending, UNDER_WAY_S_MAX)):
+            while waits(moment_ms) and time.monotonic() - began < seconds:
+                time.sleep(0.005)
         self.waited_s += time.monotonic() - began
         face = self._sandbox.control("clock", set=moment_ms // 1000, stands=True)
         self._page[NOW] = face["now"] * 1000
 
-    def _is_waited_for(self, looked_since_ms: int) -> bool:
-        return any(
-            self._page[SEEN + slot] < looked_since_ms or self._page[UNDER_WAY + slot] > 0
-            for slot, worker in enumerate(self._workers)
-            if worker.process is not None and worker.process.poll() is None
-        )
+    def _is_behind(self, moment_ms: int) -> bool:
+        return any(self._page[SEEN + slot] < moment_ms - BEHIND_MS for slot in self._alive())
+
+    def _is_sending(self, _: int) -> bool:
+        return any(self._page[UNDER_WAY + slot] > 0 for slot in self._alive())
+
+    def _alive(self) -> list[int]:
+        processes = [worker.process for worker in self._workers]
+        return [slot for slot, one in enumerate(processes) if one is not None and one.poll() is None]
 
 
 class ClockedWorker(NurseryWorker):
