@@ -1,4 +1,8 @@
-"""`make prove-billing`: a quarter in minutes, through two billing workers that are killed a hundred times.
+"""A quarter in minutes, through two billing workers that are killed a hundred times.
+
+    python -m tests.proof.billing --clients 4 --windows 10 --kills 16 --period week
+
+Not in the Makefile yet: no run with all kills and with what is planted has come to its end.
 
 Real Kafka, ClickHouse's engine, the Stripe sandbox over HTTP, whose clock is the workers' time too. Windows,
 late snapshots, corrections and repetitions of 500 clients; Stripe breaks off, forgets, refuses, rejects
@@ -78,7 +82,7 @@ def prove(
     *,
     clients: Annotated[int, typer.Option(min=2, help="How many.")] = 500,
     windows: Annotated[int, typer.Option(min=3, help="Of each client, at random hours.")] = 24,
-    kills: Annotated[int, typer.Option(min=13, help="SIGKILLs of workers.")] = 110,
+    kills: Annotated[int, typer.Option(min=16, help="SIGKILLs of workers.")] = 110,
     period: Annotated[PeriodUnit, typer.Option(help="Of billing; three of them pass.")] = PeriodUnit.MONTH,
     seed: Annotated[int, typer.Option(help="Of the input, the faults and the kills.")] = 1,
     minutes: Annotated[float, typer.Option(help="After these nobody is killed any more, which fails.")] = 12,
