@@ -11,9 +11,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from tests.worker_processes import WorkerProcess
 
@@ -24,7 +25,13 @@ NURSERY.set_forkserver_preload(["tests.worker_preloaded"])
 
 
 class NurseryWorker(WorkerProcess):
-    """A slot whose processes are forked: real ones, with everything of their own but the time to start."""
+    """A slot whose processes are forked: real ones, with everything of their own but the time to start.
+
+    Attributes:
+        create: makes the app of the settings, where it isn't the product's own; can be pickled.
+    """
+
+    create: Callable[[Any], Any] | None = None
 
     def start(
         self, *, die_at: str = "", stop_at: str = "", times: int = 1, command: Sequence[str] = ()
@@ -33,7 +40,13 @@ class NurseryWorker(WorkerProcess):
         assert not command, "a forked worker is the product's own"
         step = die_at or stop_at
         crash = [self.kind, "--at", step, "--times", str(times), *(["--stop"] if stop_at else [])]
-        arguments = (self.kind, dict(self.environment), str(self.log_file), crash if step else [])
+        arguments = (
+            self.kind,
+            dict(self.environment),
+            str(self.log_file),
+            crash if step else [],
+            self.create,
+        )
         born = NURSERY.Process(target=_live, args=arguments)
         born.start()
         self.process = _Forked(born)
@@ -67,7 +80,13 @@ class _Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def _live(kind: str, environment: Mapping[str, str], log_file: str, crash: Sequence[str]) -> None:
+def _live(
+    kind: str,
+    environment: Mapping[str, str],
+    log_file: str,
+    crash: Sequence[str],
+    create: Callable[[Any], Any] | None,
+) -> None:
     """The whole life of a forked worker."""
     os.environ.clear()
     os.environ.update(environment)
@@ -76,6 +95,8 @@ def _live(kind: str, environment: Mapping[str, str], log_file: str, crash: Seque
         os.dup2(log.fileno(), 2)
     from tests import worker_preloaded as worker  # noqa: PLC0415 - the parent needs nothing of it
 
+    if create is not None:
+        worker.WORKERS[kind] = create
     if crash:
         sys.argv = ["crash", *crash]
         worker.main()

@@ -9,11 +9,12 @@ import signal
 
 import pytest
 from tests.pipeline_books import WORKER_SETTINGS, Traffic, settle
-from tests.proof.metering_kills import metering_steps
+from tests.proof.worker_kills import steps_of
 from tests.stacks import own_stack
 from tests.worker_nursery import NurseryWorker
 from tests.worker_processes import ended_in_the_end, kept_running, until
 
+from meterline import metering
 from meterline.streaming.steps import Step
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(280)]
@@ -77,7 +78,7 @@ def _bill_and_die(billing):
 
 def test_every_step_has_a_crash():
     """A step that the code announces and nobody dies at would be a promise without a proof."""
-    assert set(Step) == {*TIMES, *metering_steps()}
+    assert set(Step) == {*TIMES, *steps_of(metering)}
 
 
 @pytest.mark.parametrize("step", TIMES)

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.proof.metering_kills import ANYWHERE, TAKE_OVER, metering_steps
+from tests.proof.worker_kills import ANYWHERE, TAKE_OVER, steps_of
+
+from meterline import metering
 
 ROOT = Path(__file__).parents[2]
 RUN_S_MAX = 280
@@ -29,7 +31,7 @@ def test_nothing_is_lost_or_counted_twice_whatever_is_killed():
 
     assert said.returncode == 0, said.stdout + said.stderr
     kills = dict(re.findall(r"^  (\S+) (\d+)$", said.stdout, re.MULTILINE))
-    assert kills.keys() == {*metering_steps(), ANYWHERE, TAKE_OVER}
+    assert kills.keys() == {*steps_of(metering), ANYWHERE, TAKE_OVER}
     assert min(map(int, kills.values())) > 0
     assert "services killed: kafka 1 times, clickhouse 1 times" in said.stdout
     replayed = re.search(r"^([\d,]+) offsets read again", said.stdout, re.MULTILINE)

@@ -27,12 +27,13 @@ from tests.proof.metering_books import EVENT, Line, lines_of
 from tests.proof.metering_checker import Verdict, credits_text, judge
 from tests.proof.metering_evidence import gather, is_accounted, log_ends
 from tests.proof.metering_input import Lines, Publisher, Stream
-from tests.proof.metering_kills import ANYWHERE, TAKE_OVER, Campaign, metering_steps, plan_kills
 from tests.proof.pipeline import places_of
+from tests.proof.worker_kills import ANYWHERE, TAKE_OVER, Campaign, plan_kills, steps_of
 from tests.stacks import RunningStack, running_stack
 from tests.worker_nursery import NurseryWorker
 from tests.worker_processes import ended_in_the_end, kept_running, until
 
+from meterline import metering
 from meterline.demo.workers import replayed_offsets
 
 WINDOW_MS = 5_000
@@ -132,7 +133,7 @@ class Run:
         """The whole run; what is wrong."""
         publisher = Publisher(self._stack.settings, self._folder / "input.csv", Lines(self._seed))
         outages = OUTAGES * max(1, kills // KILLS_PER_OUTAGE // len(OUTAGES))
-        plan = plan_kills(kills, self._seed)
+        plan = plan_kills(kills, self._seed, steps_of(metering))
         campaign = Campaign(self._stack, self._workers, plan, outages, deadline, typer.echo)
         with ExitStack() as running:
             running.enter_context(ended_in_the_end(*self._workers))
@@ -176,7 +177,7 @@ class Run:
         return judge(gather(self._places, self._folder / "input.csv", WINDOW_MS))
 
     def _tell(self, campaign: Campaign, ended: Counter[int], verdict: Verdict) -> None:
-        places = [*metering_steps(), ANYWHERE, TAKE_OVER]
+        places = [*steps_of(metering), ANYWHERE, TAKE_OVER]
         typer.echo(
             f"workers killed {campaign.killed.total()} times in {campaign.seconds:.0f} s, after first "
             "progress:"

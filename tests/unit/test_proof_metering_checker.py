@@ -10,8 +10,9 @@ import pytest
 from tests.proof import metering_books, metering_checker, metering_evidence
 from tests.proof.metering_books import COPY, EVENT, POISON, Amount, Evidence, Line, Row, Snapshot, Total
 from tests.proof.metering_checker import judge
-from tests.proof.metering_kills import AT_START, Kill, metering_steps, plan_kills
+from tests.proof.worker_kills import AT_START, Kill, plan_kills, steps_of
 
+from meterline import metering
 from meterline.streaming.steps import Step
 
 MICRO = 1_000_000
@@ -162,11 +163,12 @@ def test_the_checker_shares_no_code_with_the_product():
 def test_kills_fall_on_every_step_of_a_metering_worker():
     """Found in the code that announces them: a step that is added is killed at, too."""
     billings = {Step.INTENT_IN_LEDGER, Step.ATTEMPT_IN_LEDGER, Step.STRIPE_ANSWERED}
-    plan = plan_kills(20, seed=1)
+    steps = steps_of(metering)
+    plan = plan_kills(20, 1, steps)
 
-    assert set(metering_steps()) == set(Step) - billings
-    assert {kill.at for kill in plan} >= set(metering_steps())
+    assert set(steps_of(metering)) == set(Step) - billings
+    assert {kill.at for kill in plan} >= set(steps_of(metering))
     assert len(plan) == 20
-    assert all(kill.times > len(AT_START) for kill in plan if kill.at in set(metering_steps()) - AT_START)
-    assert plan == plan_kills(20, seed=1) != plan_kills(20, seed=2)
+    assert all(kill.times > len(AT_START) for kill in plan if kill.at in set(steps_of(metering)) - AT_START)
+    assert plan == plan_kills(20, 1, steps) != plan_kills(20, 2, steps)
     assert isinstance(plan[0], Kill)

@@ -1,4 +1,4 @@
-"""Two metering workers that are killed all the time: at every step the code names, and anywhere in between.
+"""Two workers that are killed all the time: at every step the code names, and anywhere in between.
 
 Each slot's worker is started with its next death in mind, dies, and is started again, as orchestrators do.
 Beside them Kafka and ClickHouse are killed and started again.
@@ -18,15 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
+from types import ModuleType
 
 from tests.proof.pipeline import wait_for
 from tests.stacks import RunningStack
 from tests.worker_processes import ALL, WorkerProcess
 
-from meterline import metering, streaming
+from meterline import streaming
 from meterline.streaming.steps import Step
 
-__all__ = ["ANYWHERE", "TAKE_OVER", "Campaign", "Kill", "metering_steps", "plan_kills"]
+__all__ = ["ANYWHERE", "TAKE_OVER", "Campaign", "Kill", "plan_kills", "steps_of"]
 
 ANYWHERE, TAKE_OVER = "anywhere", "take-over"
 """Not at a step: wherever it is after some commits; the second stays away until the other one owns all."""
@@ -64,23 +65,29 @@ class Kill:
     delay_s: float = 0.0
 
 
-def metering_steps() -> list[Step]:
-    """Every step a metering worker can come to: found in the code that announces them."""
-    folders = [Path(package.__path__[0]) for package in (metering, streaming)]
+def steps_of(package: ModuleType) -> list[Step]:
+    """Every step a worker of `metering` or `billing` can come to: found in the code that announces them."""
+    folders = [Path(part.__path__[0]) for part in (package, streaming)]
     announced = {
         name for folder in folders for file in folder.rglob("*.py") for name in CALL.findall(file.read_text())
     }
     return [step for step in Step if step.name in announced]
 
 
-def plan_kills(kills: int, seed: int) -> list[Kill]:
-    """So many, in random order: every step as often as the others."""
+def plan_kills(
+    kills: int, seed: int, steps: Sequence[Step], later_times: tuple[int, int] = LATER_TIMES
+) -> list[Kill]:
+    """So many, in random order: every step as often as the others.
+
+    Args:
+        later_times: between how many arrivals at a step that is reached again and again.
+    """
     chance = random.Random(seed)
     take_overs = max(1, round(kills * TAKE_OVER_SHARE))
     anywhere = max(1, round(kills * ANYWHERE_SHARE))
-    steps = list(islice(cycle(metering_steps()), kills - take_overs - anywhere))
     plan = [
-        Kill(step, chance.randint(*(AT_START_TIMES if step in AT_START else LATER_TIMES))) for step in steps
+        Kill(step, chance.randint(*(AT_START_TIMES if step in AT_START else later_times)))
+        for step in islice(cycle(steps), kills - take_overs - anywhere)
     ]
     plan += [Kill(ANYWHERE, delay_s=chance.uniform(*DELAY_S)) for _ in range(anywhere)]
     plan += [Kill(TAKE_OVER, delay_s=chance.uniform(*DELAY_S)) for _ in range(take_overs)]
@@ -138,8 +145,8 @@ class Campaign:
         finally:
             self._over.set()
             self.seconds = time.monotonic() - self.began
-        if missing := [step for step in metering_steps() if not self.killed[step]]:
-            self.problems.append(f"nobody was killed at {', '.join(missing)}")
+        if missing := [kill.at for kill in self.plan if not self.killed[kill.at]]:
+            self.problems.append(f"nobody was killed at {', '.join(sorted(set(missing)))}")
         if self._left:
             self.problems.append(f"{len(self._left)} of {len(self.plan)} kills were not done in the time")
         missed = Counter(self.outages_planned) - self.outages
