@@ -8,8 +8,8 @@ READY := $(VENV)/.ready
 QUIX := $(VENV)/bench-quix
 QUIX_READY := $(QUIX)/.ready
 
-.PHONY: demo test lint unit integration bench bench-latency bench-quota bench-billing mutants simulate prove-metering \
-  prove-quota lock clean
+.PHONY: demo test lint unit integration bench bench-latency bench-quota bench-billing bench-recovery bench-memory \
+  mutants simulate prove-metering prove-quota lock clean
 
 demo: $(READY)
 	$(BIN)/meterline demo
@@ -41,6 +41,14 @@ bench-quota: $(READY)
 
 bench-billing: $(READY)
 	$(BIN)/python -m tests.bench.billing
+
+# Ten million ids and a million windows: some minutes, most of them to write what is then restored.
+bench-recovery: $(READY)
+	$(BIN)/python -m tests.bench.recovery
+
+# Half an hour.
+bench-memory: $(READY)
+	$(BIN)/python -m tests.bench.memory
 
 # Safeguards taken out of a copy, one at a time: each must turn a test red that counts credits.
 mutants: $(READY)

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -219,12 +220,19 @@ def _events_of_worker(web_port: int) -> int:
         raise BenchError(f"the worker's metrics page answers {error.code}") from error
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return 0  # not listening yet; a worker that ended is noticed by its process
-    return sum(
-        int(sample.value)
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if sample.name == "meterline_events_total"
-        and sample.labels["disposition"] in {"accepted", "duplicate", "dead_letter"}
+    return sum(events_by_disposition(text).values())
+
+
+def events_by_disposition(metrics_page: str) -> Counter[str]:
+    """Accepted, duplicate or dead: every event that a committed flush accounts for."""
+    return Counter(
+        {
+            sample.labels["disposition"]: int(sample.value)
+            for family in text_string_to_metric_families(metrics_page)
+            for sample in family.samples
+            if sample.name == "meterline_events_total"
+            and sample.labels["disposition"] in {"accepted", "duplicate", "dead_letter"}
+        }
     )
 
 
