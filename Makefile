@@ -9,7 +9,7 @@ QUIX := $(VENV)/bench-quix
 QUIX_READY := $(QUIX)/.ready
 
 .PHONY: demo test lint unit integration bench bench-latency bench-quota bench-billing bench-recovery bench-memory \
-  mutants simulate prove-metering prove-quota lock clean
+  mutants simulate prove-metering prove-quota prove-billing lock clean
 
 demo: $(READY)
 	$(BIN)/meterline demo
@@ -65,6 +65,10 @@ prove-metering: $(READY)
 # Ten minutes: eight processes race for credits, are killed and stalled; Redis and Kafka are lost.
 prove-quota: $(READY)
 	$(BIN)/python -m tests.proof.quota
+
+# A quarter of 500 clients by the sandbox's clock: billing workers are killed at every step, Stripe does its worst.
+prove-billing: $(READY)
+	$(BIN)/python -m tests.proof.billing
 
 # Pinned with hashes, for every platform and Python from 3.11 on; no address of any index in it.
 lock: $(READY)

@@ -1,8 +1,4 @@
-"""A quarter in minutes, through two billing workers that are killed a hundred times.
-
-    python -m tests.proof.billing --clients 4 --windows 10 --kills 16 --period week
-
-Not in the Makefile yet: no run with all kills and with what is planted has come to its end.
+"""`make prove-billing`: a quarter in minutes, through two billing workers that are killed a hundred times.
 
 Real Kafka, ClickHouse's engine, the Stripe sandbox over HTTP, whose clock is the workers' time too. Windows,
 late snapshots, corrections and repetitions of 500 clients; Stripe breaks off, forgets, refuses, rejects
