@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
@@ -21,6 +22,7 @@ PERIODS = 3
 TAKES_MS = 50 * 60_000
 """An invoice is final an hour after its period; ten minutes before, nothing is sent for it any more."""
 EVENT_NAME = "meterline_credits"
+REGISTERED_AT_ONCE = 16
 ALWAYS = {
     "drop_before_commit": 0.01,
     "drop_after_commit": 0.02,
@@ -80,20 +82,17 @@ class Stripe:
                 "recurring[meter]": meter,
             },
         )["id"]
-        registry, customers = ClientRegistry(settings), dict[str, str]()
+        customers = dict[str, str]()
         for client in clients:
-            customer = made("/v1/customers", {"name": client})["id"]
-            made("/v1/subscriptions", {"customer": customer, "items[0][price]": price})
-            registry.put(
-                Client(
-                    client,
-                    customer,
-                    unit,
-                    4 * 24 * HOUR_MS if unit is PeriodUnit.WEEK else 0,
-                    updated_by="proof",
-                )
-            )
-            customers[client] = customer
+            customers[client] = made("/v1/customers", {"name": client})["id"]
+            made("/v1/subscriptions", {"customer": customers[client], "items[0][price]": price})
+        anchor = 4 * 24 * HOUR_MS if unit is PeriodUnit.WEEK else 0
+        registered = [
+            Client(client, customer, unit, anchor, updated_by="proof")
+            for client, customer in customers.items()
+        ]
+        with ThreadPoolExecutor(REGISTERED_AT_ONCE) as threads:  # each waits for Kafka most of its time
+            list(threads.map(ClientRegistry(settings).put, registered))
         self._usual()
         return customers
 
