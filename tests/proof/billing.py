@@ -81,7 +81,7 @@ def prove(
     kills: Annotated[int, typer.Option(min=16, help="SIGKILLs of workers.")] = 110,
     period: Annotated[PeriodUnit, typer.Option(help="Of billing; three of them pass.")] = PeriodUnit.MONTH,
     seed: Annotated[int, typer.Option(help="Of the input, the faults and the kills.")] = 1,
-    minutes: Annotated[float, typer.Option(help="After these nobody is killed any more, which fails.")] = 12,
+    minutes: Annotated[float, typer.Option(help="After these nobody is killed any more, which fails.")] = 20,
 ) -> None:
     """Exit code 0: every identity holds, every own invoice is right. 1: otherwise."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # everything started is stopped, as on Ctrl-C
