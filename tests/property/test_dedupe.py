@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meterline.domain.dedupe import SLICES_PER_HORIZON, DedupeIndex
+from meterline.domain.dedupe import SLICES_PER_HORIZON
 from meterline.errors import PartitionHalted
 from meterline.metering import slices
 from meterline.metering.sliced_index import SlicedIndex
@@ -37,7 +37,7 @@ def array_index():
     return ArrayIndex(files())
 
 
-INDEXES = {"memory": lambda: DedupeIndex(HORIZON), "plain": lambda: SlicedIndex(files())}
+INDEXES = {"plain": lambda: SlicedIndex(files())}
 if find_spec("numba") is not None:
     INDEXES["fast"] = array_index
 

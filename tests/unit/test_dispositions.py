@@ -11,11 +11,12 @@ import pytest
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_from_record, event_to_record
 from meterline.domain.credits import CREDITS_MICRO_MAX
-from meterline.domain.dedupe import DedupeIndex
 from meterline.domain.events import ATTRIBUTE_VALUE_BYTES_MAX, Correction, CorrectionKind, UsageEvent
 from meterline.domain.reasons import Reason
 from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal
 from meterline.metering.meter import Meter
+from meterline.metering.sliced_index import SlicedIndex
+from meterline.metering.slices import SliceFiles
 from meterline.metering.state import Counters, Meta
 from meterline.settings import MeteringSettings
 
@@ -51,7 +52,7 @@ def meter():
         MeteringSettings(),
         lambda value: event_from_record(CODEC.decode(value)),
         meta,
-        DedupeIndex(DAY),
+        SlicedIndex(SliceFiles.of(MeteringSettings())),
     )
 
 

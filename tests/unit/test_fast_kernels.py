@@ -14,11 +14,11 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("numba", reason="the extra `fast` is not installed")
 
 from meterline.contracts.files import schemas_dir
-from meterline.domain.dedupe import DedupeIndex
 from meterline.metering.fast import factory, memory
 from meterline.metering.fast.blake2b import BLOCK_BYTES, LANES, digest_lanes
 from meterline.metering.fast.hashing import IDENTITY_TAG, PAYLOAD_TAG
 from meterline.metering.fast.index import SLOTS_MIN, ArrayIndex
+from meterline.metering.sliced_index import SlicedIndex
 from meterline.metering.slices import SliceFiles
 
 HOUR = 3_600_000
@@ -55,10 +55,10 @@ def test_the_tags_are_the_contracts():
         assert tag[3:-1].decode() in golden.read_text()
 
 
-def test_the_array_index_answers_as_the_domains_does():
+def test_the_array_index_answers_as_the_plain_one_does():
     """Copies within the horizon and beyond it, a clock that steps back, many more than it began with."""
     chance = random.Random(1)
-    ours, theirs, now = ArrayIndex(files()), DedupeIndex(HOUR), 10 * HOUR
+    ours, theirs, now = ArrayIndex(files()), SlicedIndex(files()), 10 * HOUR
     for _ in range(5 * SLOTS_MIN):
         at = now + chance.randrange(-2_000, 2_000)
         now = max(now, at)

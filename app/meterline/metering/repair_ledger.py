@@ -17,7 +17,6 @@ from confluent_kafka import Message
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_from_record
 from meterline.contracts.topics import USAGE_EVENTS
-from meterline.domain.dedupe import DedupeIndex
 from meterline.domain.windows import SkuTotal, window_start_of
 from meterline.ledger import queries, repair_queries
 from meterline.ledger.tables import EVENT_COLUMNS, EVENTS
@@ -25,6 +24,8 @@ from meterline.ledger.writer import LedgerWriter
 from meterline.metering.checks import check_windows, repair_command
 from meterline.metering.meter import Meter
 from meterline.metering.repair_evidence import Evidence, RepairTools, different_totals, refused
+from meterline.metering.sliced_index import SlicedIndex
+from meterline.metering.slices import SliceFiles
 from meterline.metering.state import Counters, Meta, meta_key, parse_total_key, parse_total_value
 from meterline.settings import ClickHouseSettings
 from meterline.streaming.committed import offset_of, read_committed
@@ -217,9 +218,9 @@ def _meter_before(tools: RepairTools, plan: LedgerPlan, appended_at: int) -> Met
     before = (log.topic_id, log.partition, plan.first - 1)
     rows = tools.ledger.ask(repair_queries.row_summary, *before)
     newest = max(appended_at, rows.newest_appended_at if rows is not None else 0)
-    horizon_ms = tools.metering.dedupe_horizon_ms
-    seen = DedupeIndex(horizon_ms)
-    seen.add_all(*tools.ledger.ask(queries.dedupe_rows, *before, max(0, newest - horizon_ms)))
+    since = max(0, newest - tools.metering.dedupe_horizon_ms)
+    seen = SlicedIndex(SliceFiles.of(tools.metering))
+    seen.add_all(*tools.ledger.ask(queries.dedupe_rows, *before, since))
     meta = Meta(
         cluster_id=log.cluster_id,
         topic_id=log.topic_id,
@@ -271,7 +272,7 @@ def _require_equal_windows(tools: RepairTools, evidence: Evidence, meta: Meta, p
     def decode(_value: bytes | None) -> Any:
         raise AssertionError("no record is taken")
 
-    meter = Meter(partition, tools.metering, decode, meta, DedupeIndex(tools.metering.dedupe_horizon_ms))
+    meter = Meter(partition, tools.metering, decode, meta, SlicedIndex(SliceFiles.of(tools.metering)))
     meter.restore(evidence.state)
     kept = meter.kept_totals()
     if kept:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.topics import METERING_CHANGELOG, USAGE_EVENTS
-from meterline.domain.dedupe import DedupeIndex
 from meterline.domain.events import UsageEvent
 from meterline.domain.windows import SkuTotal
 from meterline.errors import PartitionHalted, RetryLater
@@ -30,6 +29,8 @@ from meterline.metering.repair_evidence import (
     refused,
     require_whole_ledger,
 )
+from meterline.metering.sliced_index import SlicedIndex
+from meterline.metering.slices import SliceFiles
 from meterline.metering.state import (
     FORMAT_VERSION,
     GROUP,
@@ -334,7 +335,7 @@ def _meter(tools: RepairTools, partition: int, meta: Meta, state: Mapping[bytes,
     def decode(_value: bytes | None) -> UsageEvent:
         raise AssertionError("no record is taken")
 
-    meter = Meter(partition, tools.metering, decode, meta, DedupeIndex(tools.metering.dedupe_horizon_ms))
+    meter = Meter(partition, tools.metering, decode, meta, SlicedIndex(SliceFiles.of(tools.metering)))
     meter.restore(state)
     return meter
 

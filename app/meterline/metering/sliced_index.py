@@ -1,4 +1,4 @@
-"""The dedupe index of the plain meter: its newest slice is a dict, the older ones are files."""
+"""The dedupe index of the plain meter and of repairs: the newest slice a dict, the older ones files."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from meterline.domain.dedupe import SLICES_PER_HORIZON
 from meterline.errors import PartitionHalted
 from meterline.settings import MeteringSettings
 
-__all__ = ["SliceFiles"]
+__all__ = ["LOW_MASK", "SliceFiles"]
 
 LOW_MASK = 2**64 - 1
 

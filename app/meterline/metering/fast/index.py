@@ -1,4 +1,4 @@
-"""The dedupe index as an array the kernels can search. Says what `domain.dedupe.DedupeIndex` says."""
+"""The dedupe index as an array the kernels can search. Says what `SlicedIndex` says."""
 
 from __future__ import annotations
 
@@ -18,15 +18,13 @@ from meterline.metering.fast.fold import (
     put_ids,
     slot_of,
 )  # fmt: skip
-from meterline.metering.slices import SliceFiles
+from meterline.metering.slices import LOW_MASK, SliceFiles
 
 __all__ = ["ArrayIndex"]
 
 SLOTS_MIN = 1 << 12
 LOAD_MAX = 2 / 3
 """Share of the slots that may be taken: beyond, a search passes too many others."""
-
-LOW_MASK = 2**64 - 1
 
 
 class ArrayIndex:
