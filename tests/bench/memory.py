@@ -12,7 +12,6 @@ the number of duplicates, are compared with the publisher's own.
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import statistics
@@ -30,6 +29,7 @@ from confluent_kafka import Producer
 from rich.console import Console
 from rich.table import Table
 from tests.bench.measured import events_by_disposition
+from tests.bench.report import conclude
 from tests.stacks import RunningStack, running_stack
 from tests.worker_processes import WorkerProcess, ended_in_the_end, until
 
@@ -219,14 +219,7 @@ def bench(
         console.status("starting Kafka and ClickHouse") as status,
     ):
         report = _measure(minutes, horizon_s, rate, Path(directory), status)
-    missed = _missed(report)
-    if as_json:
-        typer.echo(json.dumps(report | {"missed": missed}, indent=2))
-    else:
-        _show(report)
-        for line in missed:
-            Console().print(f"Missed: {line}", markup=False)
-    raise typer.Exit(1 if missed or report["wrong"] else 0)
+    conclude(report, _missed(report), _show, as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ import typer
 from redis.asyncio import Redis
 from rich.console import Console
 from rich.table import Table
+from tests.bench.report import conclude
 from tests.valkey import TOPIC_ID, open_buckets, scripts_of, valkey
 
 from meterline.quota import CreditBuckets, CreditsExhausted, LeasePlan, Part
@@ -513,14 +514,7 @@ def bench(
         valkey(Path(directory)) as server,
     ):
         report = asyncio.run(_all(server.url, seconds, rounds))
-    missed = _missed(report)
-    if as_json:
-        typer.echo(json.dumps(report | {"missed": missed}, indent=2))
-    else:
-        _show(report)
-        for line in missed:
-            Console().print(f"Missed: {line}", markup=False)
-    raise typer.Exit(1 if missed or report["wrong"] else 0)
+    conclude(report, _missed(report), _show, as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ generator's formula, what is found is read from the changelog and from the ledge
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import sys
 import tempfile
@@ -40,6 +39,7 @@ from tests.bench.old_state import (
     old_state,
     write,
 )
+from tests.bench.report import conclude
 from tests.stacks import RunningStack, running_stack
 from tests.worker_processes import ALL, WorkerProcess, ended_in_the_end, until
 
@@ -222,13 +222,7 @@ def bench(
         report = _measure(windows, ids, Path(directory), status)
     seconds = report["restored"]["seconds"]
     missed = [] if seconds < TARGET_S else [f"ready after {seconds} s, the target is {TARGET_S:g}"]
-    if as_json:
-        typer.echo(json.dumps(report | {"missed": missed}, indent=2))
-    else:
-        _show(report)
-        for line in missed:
-            Console().print(f"Missed: {line}", markup=False)
-    raise typer.Exit(1 if missed or report["wrong"] else 0)
+    conclude(report, missed, _show, as_json=as_json)
 
 
 if __name__ == "__main__":
