@@ -62,10 +62,10 @@ class Pace:
 
     def room(self) -> int:
         """How many requests more may be planned now."""
-        if not self._owned:
+        ahead_s = AHEAD_S - max(0.0, self._next - self._clock())
+        if not self._owned or ahead_s <= 0:
             return 0
-        ahead_s = self._clock() + AHEAD_S - max(self._next, self._clock())
-        return max(0, int(ahead_s / self._distance_s()) + 1 - self._planned) if ahead_s > 0 else 0
+        return max(0, int(ahead_s / self._distance_s()) + 1 - self._planned)
 
     def plan(self) -> None:
         """Plan one request."""
@@ -100,4 +100,5 @@ class Pace:
 
     def _distance_s(self) -> float:
         # Without a partition, whoever still asks something goes on as if there were one.
-        return self.partitions / (self._limit_per_second * USED_SHARE * max(1, len(self._owned)))
+        per_second = self.per_second or self._limit_per_second / self.partitions
+        return 1 / (USED_SHARE * per_second)
