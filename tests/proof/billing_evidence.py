@@ -16,7 +16,7 @@ from tests.proof.billing_books import Counted, Step
 from tests.proof.quota_evidence import Places
 from tests.sandbox_account import SandboxClient
 
-__all__ = ["Journal", "final_invoices", "snapshots_taken", "steps", "unclosed", "written_down"]
+__all__ = ["Journal", "absorbed_up_to", "final_invoices", "steps", "unclosed", "written_down"]
 
 FINAL = ("open", "paid")
 PAGE = 100
@@ -83,29 +83,35 @@ def steps(places: Places) -> Iterator[Step]:
             yield Step(*row[3:])
 
 
-def snapshots_taken(places: Places) -> int:
-    """Records of usage.windows that billing has read."""
-    return _number(places, "SELECT uniqExact(log_partition, log_offset) FROM window_snapshots")
+def absorbed_up_to(places: Places) -> tuple[int, int]:
+    """See `Publisher.said_up_to`; of what is written down, and with it the usage records it made."""
+    ((windows, cutoffs),) = _rows(
+        places,
+        "SELECT count(), sum(newest) FROM (SELECT max(cutoff_offset) AS newest FROM usage_record_log "
+        "WHERE kind = 'advance' AND reason != 'carry' GROUP BY window_id)",
+    )
+    return windows, cutoffs
 
 
 def written_down(places: Places) -> set[str]:
     """Identifiers of usage records that were not settled without an answer."""
-    with ledger(places) as asked:
-        rows = asked.execute(
-            "SELECT identifier FROM usage_record_log WHERE identifier != '' GROUP BY identifier "
-            "HAVING countIf(kind = 'record') > 0 AND countIf(kind = 'settled') = 0"
-        )
+    rows = _rows(
+        places,
+        "SELECT identifier FROM usage_record_log WHERE identifier != '' GROUP BY identifier "
+        "HAVING countIf(kind = 'record') > 0 AND countIf(kind = 'settled') = 0",
+    )
     return {name for (name,) in rows}
 
 
 def unclosed(places: Places, before_ms: int) -> int:
     """Accounts whose period ended by then and that stand open."""
-    return _number(
+    ((accounts,),) = _rows(
         places,
         "SELECT count() FROM (SELECT client_id, period_start FROM usage_record_log WHERE kind != 'held' "
         f"AND meter != '' AND toUnixTimestamp64Milli(period_end) <= {before_ms} "
         "GROUP BY client_id, period_start HAVING countIf(kind = 'close') = 0)",
     )
+    return accounts
 
 
 def final_invoices(sandbox: SandboxClient) -> dict[tuple[str, int], int]:
@@ -126,7 +132,6 @@ def final_invoices(sandbox: SandboxClient) -> dict[tuple[str, int], int]:
         more = {"starting_after": page["data"][-1]["id"]}
 
 
-def _number(places: Places, query: str) -> int:
+def _rows(places: Places, query: str) -> list[tuple[Any, ...]]:
     with ledger(places) as asked:
-        ((number,),) = asked.execute(query)
-    return int(number)
+        return asked.execute(query)

@@ -138,7 +138,6 @@ class Publisher:
 
     def __init__(self, settings: Settings, path: Path, seed: int) -> None:
         self.file = StatementFile(path)
-        self.records = 0
         self._settings = settings
         self._chance = random.Random(seed)
         self._said: dict[str, list[WindowSnapshot]] = {}
@@ -175,8 +174,12 @@ class Publisher:
         if left or self._failed:
             raise RuntimeError(f"{left} snapshots are not acknowledged, refused: {self._failed[:3]}")
 
+    @property
+    def said_up_to(self) -> tuple[int, int]:
+        """How many windows there were, and the sum of their newest cutoffs, which only grow."""
+        return len(self._said), sum(said[-1].cutoff_offset for said in self._said.values())
+
     def _send(self, snapshot: WindowSnapshot) -> None:
-        self.records += 1
         self._producer.produce(
             USAGE_WINDOWS,
             self._codec.encode(snapshot_to_record(snapshot)),
