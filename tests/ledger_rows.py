@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from meterline.domain.windows import WindowRef
-from meterline.ledger.tables import EVENT_COLUMNS, USAGE_RECORD_LOG_COLUMNS, WINDOW_SNAPSHOT_COLUMNS
+from clickhouse_driver import Client as ClickHouse
 
-__all__ = ["HOUR_MS", "NOON", "columns_of", "event", "snapshot", "step"]
+from meterline.domain.windows import WindowRef
+from meterline.ledger.tables import EVENT_COLUMNS, EVENTS, USAGE_RECORD_LOG_COLUMNS, WINDOW_SNAPSHOT_COLUMNS
+
+__all__ = ["HOUR_MS", "NOON", "columns_of", "event", "insert_events", "snapshot", "step"]
 
 HOUR_MS = 3_600_000
 NOON = 1_795_521_600_000
@@ -102,3 +104,10 @@ def columns_of(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[list[A
     tables = (EVENT_COLUMNS, WINDOW_SNAPSHOT_COLUMNS, USAGE_RECORD_LOG_COLUMNS)
     (names,) = [names for names in tables if set(names) == set(rows[0])]
     return names, [[row[name] for row in rows] for name in names]
+
+
+def insert_events(ledger: ClickHouse, rows: list[dict[str, Any]]) -> None:
+    """Rows of `events` to a ledger; acknowledged when it returns."""
+    names, columns = columns_of(rows)
+    listed = ", ".join(f"`{name}`" for name in names)
+    ledger.execute(f"INSERT INTO {EVENTS} ({listed}) VALUES", columns, columnar=True)

@@ -66,6 +66,20 @@ class SandboxClient:
         assert answer.status == 200, answer.body
         return answer.body
 
+    def metered_price(self, meter, *, interval="month", unit_amount="1"):
+        """A new price of a meter's units: its id."""
+        return self.made(
+            "/v1/prices",
+            {
+                "currency": "usd",
+                "product_data[name]": "Credits",
+                "unit_amount_decimal": unit_amount,
+                "recurring[interval]": interval,
+                "recurring[usage_type]": "metered",
+                "recurring[meter]": meter,
+            },
+        )["id"]
+
     def control(self, name, **wish):
         answer = self.post_json(f"/_sandbox/{name}", wish)
         assert answer.status == 200, answer.body
@@ -129,17 +143,7 @@ class Account:
         return answer.body["data"][0]["aggregated_value"] if answer.body["data"] else None
 
     def price(self, *, interval="month", unit_amount="1"):
-        return self.client.made(
-            "/v1/prices",
-            {
-                "currency": "usd",
-                "product_data[name]": "Credits",
-                "unit_amount_decimal": unit_amount,
-                "recurring[interval]": interval,
-                "recurring[usage_type]": "metered",
-                "recurring[meter]": self.meter,
-            },
-        )["id"]
+        return self.client.metered_price(self.meter, interval=interval, unit_amount=unit_amount)
 
     def subscribe(self, *, interval="month", unit_amount="1", **more):
         self.price_id = self.price(interval=interval, unit_amount=unit_amount)

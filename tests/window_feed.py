@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import stripe
 from clickhouse_driver import Client as ClickHouse
 from confluent_kafka import Producer
-from tests.ledger_rows import HOUR_MS, columns_of, event
+from tests.ledger_rows import HOUR_MS, event, insert_events
 
 from meterline.clients.records import client_to_record
 from meterline.contracts.codec import RecordCodec
@@ -101,9 +101,7 @@ class WindowFeed:
             self.used_micro[client_id] += micro
             closed_at = start + HOUR_MS
             snapshots.append(WindowSnapshot(ref, self._offset, {SKU: total}, closed_at, closed_at))
-        names, columns = columns_of(rows)
-        listed = ", ".join(f"`{name}`" for name in names)
-        self._ledger.execute(f"INSERT INTO events ({listed}) VALUES", columns, columnar=True)
+        insert_events(self._ledger, rows)
         return snapshots
 
     def publish(self, snapshots: Iterable[WindowSnapshot]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from clickhouse_driver import Client as ClickHouse
 from confluent_kafka import Producer
-from tests.ledger_rows import columns_of, event
+from tests.ledger_rows import event, insert_events
 from tests.proof.billing_books import Statement, StatementFile
 
 from meterline.contracts.codec import RecordCodec
@@ -22,7 +22,6 @@ from meterline.contracts.partitioner import partition_for
 from meterline.contracts.records import snapshot_to_record
 from meterline.contracts.topics import USAGE_WINDOWS
 from meterline.domain.windows import SkuTotal, WindowRef, WindowSnapshot
-from meterline.ledger.tables import EVENTS
 from meterline.settings import Settings
 
 __all__ = ["SOURCE_TOPIC_ID", "Publisher", "Quarter", "client_ids"]
@@ -157,9 +156,7 @@ class Publisher:
         where = self._settings.clickhouse
         with ClickHouse(where.host, where.port, where.database) as ledger:
             for begin in range(0, len(rows), INSERT_ROWS):
-                names, columns = columns_of(rows[begin : begin + INSERT_ROWS])
-                listed = ", ".join(f"`{name}`" for name in names)
-                ledger.execute(f"INSERT INTO {EVENTS} ({listed}) VALUES", columns, columnar=True)
+                insert_events(ledger, rows[begin : begin + INSERT_ROWS])
 
     def publish(self, said: Sequence[tuple[Statement, WindowSnapshot]]) -> None:
         """What one hour has to say; acknowledged when it returns."""

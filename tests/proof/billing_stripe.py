@@ -71,17 +71,7 @@ class Stripe:
                 "default_aggregation[formula]": "sum",
             },
         )["id"]
-        price = made(
-            "/v1/prices",
-            {
-                "currency": "usd",
-                "product_data[name]": "Credits",
-                "unit_amount_decimal": "1",
-                "recurring[interval]": unit.value,
-                "recurring[usage_type]": "metered",
-                "recurring[meter]": meter,
-            },
-        )["id"]
+        price = self.sandbox.metered_price(meter, interval=unit.value)
         customers = dict[str, str]()
         for client in clients:
             customers[client] = made("/v1/customers", {"name": client})["id"]
