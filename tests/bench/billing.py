@@ -38,17 +38,14 @@ from clickhouse_driver import Client as ClickHouse
 from rich.console import Console
 from rich.table import Table
 from tests.bench.measured import RUN_TIMEOUT_S, START_TIMEOUT_S, BenchError, Worker, is_ready, started
-from tests.stacks import settings_of
+from tests.stacks import RunningStack, running_stack
 from tests.window_feed import WindowFeed, this_hour_ms
 
 from meterline.billing.pace import USED_SHARE
 from meterline.billing.send import THREADS
-from meterline.contracts.topic_admin import TopicAdmin
 from meterline.contracts.topics import USAGE_WINDOWS, load_topics
 from meterline.errors import MeterlineError
-from meterline.ledger.migrate import apply_migrations
 from meterline.local.ports import Ports
-from meterline.local.stack import Stack
 
 HOUR_MS = 3_600_000
 MICRO = 1_000_000
@@ -111,28 +108,24 @@ class Round:
 
 
 class Bench:
-    """One stack, and one worker on it."""
+    """One worker on a stack."""
 
-    def __init__(self, directory: Path, clients: int) -> None:
-        self.stack = Stack(directory / "stack", Ports.free())
+    def __init__(self, stack: RunningStack, directory: Path, clients: int) -> None:
+        self._stack = stack
         self._clients = [f"client-{number}" for number in range(clients)]
         self._log_file = directory / "worker.log"
         self._directory = directory
 
     def run(self, rounds: int) -> tuple[list[Round], list[str]]:
         """All rounds, and what is wrong in the end."""
-        self.stack.up()
-        environment = dict(self.stack.environment()) | {
+        environment = self._stack.process_environment() | {
             "METERLINE_BILLING__REQUESTS_PER_SECOND": str(LIVE_LIMIT_PER_S),
             "METERLINE_WORKER__DATA_DIR": str(self._directory / "worker"),
         }
-        settings = settings_of(environment)
-        TopicAdmin(settings.kafka).apply(load_topics())
-        apply_migrations(settings.clickhouse)
-        self._feed = feed = WindowFeed(settings)
+        self._feed = feed = WindowFeed(self._stack.settings)
         console.print(f"{len(self._clients):,} clients, each with a customer at the sandbox", style="dim")
         feed.add_clients(self._clients)
-        where = settings.clickhouse
+        where = self._stack.settings.clickhouse
         self._ledger = ClickHouse(where.host, where.port, where.database)
         port = Ports.free().stripe
         command = [str(Path(sys.executable).with_name("meterline")), "worker", "billing"]
@@ -176,7 +169,7 @@ class Bench:
             " FROM usage_record_log"
         )
         cpu_s = {"worker": worker.cpu_s()}
-        for service in self.stack.status():
+        for service in self._stack.local.status():
             if service.pid is not None and service.name != "redis":
                 times = psutil.Process(service.pid).cpu_times()
                 cpu_s[service.name] = times.user + times.system
@@ -255,15 +248,15 @@ def bench(
 ) -> None:
     """Windows per second: verified, committed and accepted."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # everything started is stopped, as on Ctrl-C
-    with tempfile.TemporaryDirectory(prefix="meterline-bench-") as directory:
-        run = Bench(Path(directory), clients)
-        try:
-            done, wrong = run.run(rounds)
-        except (BenchError, MeterlineError) as error:
-            console.print(f"{error}", markup=False)
-            raise typer.Exit(1) from None
-        finally:
-            run.stack.down(wipe=True)
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="meterline-bench-") as directory,
+            running_stack("local") as stack,
+        ):
+            done, wrong = Bench(stack, Path(directory), clients).run(rounds)
+    except (BenchError, MeterlineError) as error:
+        console.print(f"{error}", markup=False)
+        raise typer.Exit(1) from None
     if as_json:
         typer.echo(json.dumps(_report(done, wrong)))
     else:

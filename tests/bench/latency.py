@@ -24,14 +24,12 @@ import typer
 from confluent_kafka import Producer
 from tests.bench.measured import START_TIMEOUT_S, is_ready, started, worker_command
 from tests.bench.workload import make_workload
+from tests.stacks import running_stack
 
-from meterline.contracts.topic_admin import TopicAdmin
-from meterline.contracts.topics import USAGE_EVENTS, load_topics
+from meterline.contracts.topics import USAGE_EVENTS
 from meterline.ledger.client import connect
-from meterline.ledger.migrate import apply_migrations
 from meterline.local.ports import Ports
-from meterline.local.stack import Stack
-from meterline.settings import ClickHouseSettings, KafkaSettings
+from meterline.settings import ClickHouseSettings
 
 WARM_UP_S = 5.0
 BEAT_S = 0.002
@@ -117,27 +115,20 @@ def bench(
 ) -> None:
     """Publish to ledger-visible: median, p99 and the longest."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    ports = Ports.free()
-    kafka = KafkaSettings(bootstrap_servers=f"127.0.0.1:{ports.kafka}")
-    clickhouse = ClickHouseSettings(port=ports.clickhouse)
-    with tempfile.TemporaryDirectory(prefix="meterline-bench-") as directory:
-        stack = Stack(Path(directory) / "stack", ports)
-        try:
-            stack.up()
-            TopicAdmin(kafka).apply(load_topics())
-            apply_migrations(clickhouse)
-            environment = {
-                **stack.environment(),
-                "METERLINE_WORKER__DATA_DIR": str(Path(directory) / "worker"),
-            }
-            web_port = Ports.free().stripe
-            with started(worker_command(web_port), environment, Path(directory) / "worker.log") as worker:
-                worker.wait(lambda: int(is_ready(web_port)), 1, START_TIMEOUT_S)
-                asker = Asker(clickhouse)
-                asker.start()
-                taken = latencies(publish(kafka.bootstrap_servers, per_s * seconds, per_s), asker)
-        finally:
-            stack.down(wipe=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="meterline-bench-") as directory,
+        running_stack("local") as stack,
+    ):
+        environment = stack.process_environment() | {
+            "METERLINE_WORKER__DATA_DIR": str(Path(directory) / "worker"),
+        }
+        web_port = Ports.free().stripe
+        with started(worker_command(web_port), environment, Path(directory) / "worker.log") as worker:
+            worker.wait(lambda: int(is_ready(web_port)), 1, START_TIMEOUT_S)
+            asker = Asker(stack.settings.clickhouse)
+            asker.start()
+            broker = stack.settings.kafka.bootstrap_servers
+            taken = latencies(publish(broker, per_s * seconds, per_s), asker)
     p50, p99 = (taken[int(len(taken) * share)] * 1000 for share in (0.5, 0.99))
     typer.echo(
         f"{len(taken):,} events at {per_s:,}/s: visible in the ledger after {p50:.0f} ms (median), "

@@ -25,10 +25,9 @@ from typing import Annotated, Any
 
 import psutil
 import typer
-from confluent_kafka import Producer
 from rich.console import Console
 from rich.table import Table
-from tests.bench.measured import events_by_disposition
+from tests.bench.measured import bench_producer, events_by_disposition
 from tests.bench.report import conclude
 from tests.stacks import RunningStack, running_stack
 from tests.worker_processes import WorkerProcess, ended_in_the_end, until
@@ -67,15 +66,7 @@ class SteadyLoad:
         self._rate = rate
         self._chance = random.Random(1)
         self._codec = RecordCodec("usage-event")
-        self._producer = Producer(
-            {
-                "bootstrap.servers": bootstrap,
-                "partitioner": "murmur2",
-                "enable.idempotence": True,
-                "linger.ms": 20,
-                "log_level": 0,
-            }
-        )
+        self._producer = bench_producer(bootstrap)
 
     def run(self, seconds: float, each_sample: Callable[[float], None]) -> None:
         """Send for so long; tell the time since the start each second."""

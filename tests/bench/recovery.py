@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from confluent_kafka import Producer
 from rich.console import Console
 from rich.table import Table
-from tests.bench.measured import Worker, events_by_disposition
+from tests.bench.measured import Worker, bench_producer, events_by_disposition
 from tests.bench.old_state import (
     CHANGELOG,
     HOURS,
@@ -95,7 +94,7 @@ def _start(worker: WorkerProcess) -> Start:
 def _go_on(old: OldState, stack: RunningStack, worker: WorkerProcess) -> list[str]:
     """Send copies and new events; what is wrong afterwards."""
     codec = RecordCodec("usage-event")
-    producer = Producer({"bootstrap.servers": stack.settings.kafka.bootstrap_servers, "log_level": 0})
+    producer = bench_producer(stack.settings.kafka.bootstrap_servers)
     copies = new = 0
     for partition in range(PARTITIONS):
         events = [old.sample(partition, offset) for offset in range(0, old.ids, old.sample_step)]
