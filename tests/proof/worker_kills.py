@@ -1,7 +1,7 @@
 """Two workers that are killed all the time: at every step the code names, and anywhere in between.
 
 Each slot's worker is started with its next death in mind, dies, and is started again, as orchestrators do.
-Beside them Kafka and ClickHouse are killed and started again.
+Beside them services may be killed, and are started again.
 """
 
 from __future__ import annotations
@@ -85,9 +85,11 @@ def plan_kills(
     chance = random.Random(seed)
     take_overs = max(1, round(kills * TAKE_OVER_SHARE))
     anywhere = max(1, round(kills * ANYWHERE_SHARE))
+    at_steps = kills - take_overs - anywhere
+    assert at_steps >= len(steps), f"{kills} kills: nobody would die at some of {len(steps)} steps"
     plan = [
         Kill(step, chance.randint(*(AT_START_TIMES if step in AT_START else later_times)))
-        for step in islice(cycle(steps), kills - take_overs - anywhere)
+        for step in islice(cycle(steps), at_steps)
     ]
     plan += [Kill(ANYWHERE, delay_s=chance.uniform(*DELAY_S)) for _ in range(anywhere)]
     plan += [Kill(TAKE_OVER, delay_s=chance.uniform(*DELAY_S)) for _ in range(take_overs)]
