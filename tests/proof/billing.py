@@ -35,7 +35,7 @@ from tests.proof.billing_evidence import (
     unclosed,
     written_down,
 )
-from tests.proof.billing_input import HOUR_MS, Publisher, Quarter, client_ids
+from tests.proof.billing_input import DAY_MS, HOUR_MS, Publisher, Quarter, client_ids
 from tests.proof.billing_stripe import Stripe, periods_from
 from tests.proof.pipeline import places_of
 from tests.proof.virtual_time import ClockedWorker, Mover
@@ -124,7 +124,6 @@ class Run:
         self._customers = self._stripe.subscribe(names, unit, self._stack.settings)
         hours = range(self._periods[0].start, self._periods[-1].start, HOUR_MS)
         quarter = Quarter(names, hours, windows, self._seed)
-        self._publisher.insert_rows(quarter.rows)
         ends = self._periods[1].end
         self._outage = ends - OUTAGE_BEFORE_H * HOUR_MS, ends + (OUTAGE_H - OUTAGE_BEFORE_H) * HOUR_MS
         plan = plan_kills(kills, self._seed, steps_of(billing), LATER_TIMES)
@@ -133,7 +132,11 @@ class Run:
             running.enter_context(ended_in_the_end(*self._workers))
             with ThreadPoolExecutor(1) as thread:
                 killing = thread.submit(campaign.run)
-                self._pass(quarter, campaign.seconds_left)
+                try:
+                    self._pass(quarter, campaign.seconds_left)
+                except BaseException:
+                    campaign.break_off()
+                    raise
                 killing.result()
             ended = running.enter_context(kept_running(*self._workers))
             self._come_to_rest()
@@ -154,6 +157,8 @@ class Run:
         ends = {period.end: period for period in self._periods[:-1]}
         for hour in range(begin + HOUR_MS, over + AFTERWARDS_H * HOUR_MS, HOUR_MS):
             self._time.move_to(hour)
+            if (day := hour // DAY_MS) in quarter.rows:
+                self._publisher.insert_rows(quarter.rows.pop(day))
             self._publisher.publish(quarter.statements.pop(hour, ()))
             self._stripe.as_scripted(hour, self._periods, self._outage)
             hours_left = max(1, (kills_over - hour) / HOUR_MS)
@@ -163,6 +168,7 @@ class Run:
             elif any(end - CAREFUL_H * HOUR_MS <= hour < end for end in ends) and not self._is_away(hour):
                 self._until_told(hour + HOUR_MS, HOUR_TOLD_S_MAX)
         assert not quarter.statements, "all was said"
+        assert not quarter.rows, "all was inserted"
 
     def _end_period(self, period: Period) -> None:
         """Its last usage is told before its invoice takes no more; nothing is on its way when it is final."""

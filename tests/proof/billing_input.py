@@ -1,7 +1,7 @@
 """What metering says in a quarter: hourly windows, late snapshots, corrections, repetitions; seeded.
 
-The rows of the ledger that windows are verified against are inserted before; of them a window holds those up
-to its snapshot's cutoff, whenever it is looked at.
+The rows of the ledger that windows are verified against come a day at a time, before the day begins; of them
+a window holds those up to its snapshot's cutoff, whenever it is looked at.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from meterline.settings import Settings
 __all__ = ["SOURCE_TOPIC_ID", "Publisher", "Quarter", "client_ids"]
 
 HOUR_MS = 3_600_000
+DAY_MS = 24 * HOUR_MS
 SOURCE_TOPIC_ID = "proof-source"
 PARTITIONS = 4
 TWO_PARTITIONS_SHARE = 0.1
@@ -37,7 +38,6 @@ LATE_H_MAX, CORRECTED_H_MAX = 48, 72
 AGAIN_SHARE = 0.1
 """Said again, or an older one said again: metering after a crash."""
 MICRO_MAX = 9_000_000
-INSERT_ROWS = 20_000
 
 
 def client_ids(count: int) -> list[str]:
@@ -53,11 +53,14 @@ def client_ids(count: int) -> list[str]:
 
 @dataclass(slots=True)
 class Quarter:
-    """All that will be said, by the hour in which it is.
+    """All that will be said, by the hour in which it is, and the ledger's rows for it, by the day.
 
     Args:
         starts: every hour's start for which there may be windows.
         windows: of a client.
+
+    Attributes:
+        rows: by days since the epoch.
     """
 
     clients: Sequence[str]
@@ -65,7 +68,7 @@ class Quarter:
     windows: int
     seed: int
     statements: dict[int, list[tuple[Statement, WindowSnapshot]]] = field(default_factory=dict)
-    rows: list[dict] = field(default_factory=list)
+    rows: dict[int, list[dict]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
         chance = random.Random(self.seed)
@@ -84,28 +87,29 @@ class Quarter:
             offsets[ref.partition] += 1 + bool(free)
             total = totals.setdefault(ref, SkuTotal()).copy()
             total.count, total.credits_micro = total.count + 1, total.credits_micro + micro
-            self._add_row(offset, ref, micro, billable=True)
+            self._add_row(said_at, offset, ref, micro, billable=True)
             if free:
                 offset += 1
                 total.free_count, total.free_credits_micro = (
                     total.free_count + 1,
                     total.free_credits_micro + free,
                 )
-                self._add_row(offset, ref, free, billable=False)
+                self._add_row(said_at, offset, ref, free, billable=False)
             totals[ref] = total
             snapshot = WindowSnapshot(ref, offset, {"gpu": total}, said_at, said_at)
             where = said_at, ref.client_id, ref.start, ref.partition
             said = Statement(*where, offset, total.credits_micro)
             self.statements.setdefault(said_at, []).append((said, snapshot))
 
-    def _add_row(self, offset: int, ref: WindowRef, micro: int, *, billable: bool) -> None:
-        self.rows.append(
+    def _add_row(self, said_at: int, offset: int, ref: WindowRef, micro: int, *, billable: bool) -> None:
+        self.rows[said_at // DAY_MS].append(
             event(
                 offset,
                 topic_id=ref.topic_id,
                 partition=ref.partition,
                 client_id=ref.client_id,
                 occurred_at=ref.start + offset % HOUR_MS,
+                appended_at=said_at,
                 credits_micro=micro,
                 billable=billable,
             )
@@ -155,8 +159,7 @@ class Publisher:
         """What the windows are verified against."""
         where = self._settings.clickhouse
         with ClickHouse(where.host, where.port, where.database) as ledger:
-            for begin in range(0, len(rows), INSERT_ROWS):
-                insert_events(ledger, rows[begin : begin + INSERT_ROWS])
+            insert_events(ledger, rows)
 
     def publish(self, said: Sequence[tuple[Statement, WindowSnapshot]]) -> None:
         """What one hour has to say; acknowledged when it returns."""

@@ -140,8 +140,12 @@ class Campaign:
             with ThreadPoolExecutor(len(self.workers) + 1) as threads:
                 services = threads.submit(self._kill_services)
                 slots = [threads.submit(self._live, slot) for slot in range(len(self.workers))]
-                for slot in slots:
-                    slot.result()
+                try:
+                    for slot in slots:
+                        slot.result()
+                except BaseException:
+                    self.break_off()
+                    raise
                 self._over.set()
                 services.result()
         finally:
@@ -154,6 +158,13 @@ class Campaign:
         missed = Counter(self.outages_planned) - self.outages
         if missed:
             self.problems.append(f"services not killed: {dict(missed)}")
+
+    def break_off(self) -> None:
+        """The proof ends: no slot waits for a death that won't come any more."""
+        self.deadline = 0.0
+        self._over.set()
+        for worker in self.workers:
+            worker.kill()
 
     # -- one slot
 
