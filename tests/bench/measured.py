@@ -9,8 +9,8 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,22 +111,37 @@ class Worker:
 
 
 def measure_ours(
-    work: Workload, bootstrap: str, environment: Mapping[str, str], web_port: int, log_file: Path
+    work: Workload,
+    bootstrap: str,
+    environment: Mapping[str, str],
+    web_ports: Sequence[int],
+    log_file: Path,
 ) -> Measurement:
-    """Run `meterline worker metering` through a backlog, until every event is committed.
+    """Run metering workers, one for each web port, through a backlog until every event is committed.
 
-    The clock starts when the worker has its partitions, right before the first record is read.
+    The clock starts when each worker has its partitions: of one, right before the first record is read.
+    Where there are more, the first ones have begun by then; what they have done is not counted.
     """
     work.publish(bench_producer(bootstrap), USAGE_EVENTS, slice(None))
-    with started(worker_command(web_port), environment, log_file) as worker:
-        worker.wait(lambda: int(is_ready(web_port)), 1, START_TIMEOUT_S, READY_POLL_INTERVAL_S)
-        clock, cpu_s = time.monotonic(), worker.cpu_s()
-        worker.wait(
-            lambda: _events_of_worker(web_port), len(work.messages), RUN_TIMEOUT_S, OUR_POLL_INTERVAL_S
-        )
-        return Measurement(
-            len(work.messages), worker.cpu_s() - cpu_s, time.monotonic() - clock, worker.memory_mib()
-        )
+    with ExitStack() as running:
+        workers = [
+            running.enter_context(
+                started(worker_command(port), environment, log_file.with_stem(f"{log_file.stem}-{number}"))
+            )
+            for number, port in enumerate(web_ports)
+        ]
+        first, wanted = workers[0], len(work.messages)
+        are_ready = lambda: int(all(map(is_ready, web_ports)))  # noqa: E731 - one line
+        first.wait(are_ready, 1, START_TIMEOUT_S, READY_POLL_INTERVAL_S)
+        clock, cpu_s = time.monotonic(), _cpu_s(workers)
+        before = _events_of_workers(web_ports) if len(workers) > 1 else 0
+        first.wait(lambda: _events_of_workers(web_ports), wanted, RUN_TIMEOUT_S, OUR_POLL_INTERVAL_S)
+        used_s, wall_s = _cpu_s(workers) - cpu_s, time.monotonic() - clock
+        return Measurement(wanted - before, used_s, wall_s, sum(one.memory_mib() for one in workers))
+
+
+def _cpu_s(workers: Sequence[Worker]) -> float:
+    return sum(worker.cpu_s() for worker in workers)
 
 
 def worker_command(web_port: int) -> list[str]:
@@ -209,6 +224,10 @@ def is_ready(web_port: int) -> bool:
             return True
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
+
+
+def _events_of_workers(web_ports: Sequence[int]) -> int:
+    return sum(map(_events_of_worker, web_ports))
 
 
 def _events_of_worker(web_port: int) -> int:

@@ -10,10 +10,11 @@ from the moment it has its partitions until the last event is committed, and no 
 publisher, in which its loop would turn for nothing. The others are slower than the publisher: their clock
 runs from right before their events are published, the first 1,000 of them apart.
 
-* Ours is `meterline worker metering` as it is shipped, twice: on the fast path (extra `fast`), on the plain
-  one. Decode, checks, exact dedupe, rows acknowledged by the ledger, changelog and window snapshots in Kafka
-  transactions, and the closing of windows. "Committed" includes all that. Answering its metrics page twice a
-  second is in its figure.
+* Ours is `meterline worker metering` as it is shipped: on the fast path (extra `fast`), one worker, and two
+  that share the partitions, and this machine with the broker; on the plain path. Decode, checks, exact
+  dedupe, rows acknowledged by the ledger, changelog and window snapshots in Kafka transactions, and the
+  closing of windows. "Committed" includes all that. Answering its metrics page twice a second is in its
+  figure.
 * Stock is `stock_faust.py`: Record, codec, tumbling table with changelog. It keeps the sums only: no checks,
   no dedupe, no ledger, no closing, at least once. Its clock stops when the broker has the last change of its
   table; the offset commit after it is not counted, and its progress is read at the broker.
@@ -86,8 +87,10 @@ console = Console(stderr=True)
 Rounds = dict[str, list[Measurement]]
 """What was measured, by side, in the order of `SIDES`."""
 
+FAST_TWICE = "fast-twice"
 SIDES = {
     "fast": "dedupe, ledger, windows, totals; exactly once",
+    FAST_TWICE: "the same; sums of two workers",
     "plain": "the same",
     "stock": "sums in memory; no ledger, no dedupe, no closing; at least once",
     "quix": "sums; no ledger, no dedupe; at least once",
@@ -95,6 +98,8 @@ SIDES = {
     "kafka-streams": "sums; no ledger, no dedupe; exactly once inside Kafka (v2), suppress",
 }
 """Who is measured, and what each does of the work."""
+
+OURS = "fast", FAST_TWICE, "plain"
 
 
 class Bench:
@@ -115,12 +120,13 @@ class Bench:
         TopicAdmin(self._kafka).apply(load_topics())
         apply_migrations(self._clickhouse)
 
-    def run_ours(self, number: int, events: int, *, fast: bool) -> Measurement:
-        """One run of a metering worker, totals checked."""
-        work = self._workload(events, 2 * number + fast)
+    def run_ours(self, side: str, number: int, events: int) -> Measurement:
+        """One run of the workers of a side, totals checked."""
+        work = self._workload(events, len(OURS) * number + OURS.index(side))
         broker = self._kafka.bootstrap_servers
-        log = self._directory / f"{'fast' if fast else 'plain'}-{number}.log"
-        measured = measure_ours(work, broker, self._environment(fast=fast), Ports.free().stripe, log)
+        ports = [Ports.free().stripe for _ in range(2 if side == FAST_TWICE else 1)]
+        log = self._directory / f"{side}-{number}.log"
+        measured = measure_ours(work, broker, self._environment(fast=side != "plain"), ports, log)
         self.wrong += wrong_in_ledger(work, self._clickhouse) + wrong_in_snapshots(work, broker)
         return measured
 
@@ -175,10 +181,10 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="meterline-bench-") as directory:
         run = Bench(Path(directory))
         runs: dict[str, tuple[int, Callable[[int], Measurement]]] = {
-            "fast": (events, lambda number: run.run_ours(number, events, fast=True)),
-            "plain": (plain_events, lambda number: run.run_ours(number, plain_events, fast=False)),
-            "stock": (stock_events, lambda number: run.run_stock(number, stock_events)),
+            side: (count, partial(run.run_ours, side, events=count))
+            for side, count in zip(OURS, (events, 2 * events, plain_events), strict=True)
         }
+        runs["stock"] = stock_events, partial(run.run_stock, events=stock_events)
         quix, streams = quix_command(), kafka_streams_command()
         others = {"quix": (quix, quix_events), "quix-eos": (quix, quix_events)}
         for side, (command, count) in {**others, "kafka-streams": (streams, streams_events)}.items():
