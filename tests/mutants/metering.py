@@ -27,6 +27,9 @@ BROKER = "tests/contract/test_broker_log.py"
 CRASH_POINTS = "tests/simulation/test_crash_points.py"
 HISTORIES = "tests/simulation/test_histories.py"
 RED_LIST = "tests/simulation/test_red_list.py"
+TWO_VERSIONS = "tests/simulation/test_two_versions.py"
+CHANGING_LENGTH = "tests/property/test_meter.py::test_windows_of_changing_length_hold_each_credit_once"
+FAST_IS_PLAIN = "tests/property/test_batch_meter.py::test_the_fast_meter_says_what_the_plain_one_says"
 
 LEDGER_ROWS = r"model\.accepted\.items\(\)\} == worker\.ledger"
 DEAD = r"model\.dead == worker\.dead"
@@ -405,12 +408,53 @@ MUTANTS = [
         edits=[
             Edit(
                 METER,
-                "        return start + self._length <= self.watermark\n",
+                "        return self.end_of(start) <= self.watermark\n",
                 "        return False\n",
             )
         ],
         tests=[FUNCTION_OF_LOG, CRASH_CREDITS],
         speaks_of=f"{WINDOWS}|{BOOKS}",
+    ),
+    Mutant(
+        name="length-from-now-on",
+        removes="windows have another length at once, where the older ones hold events already: a window is "
+        "published that says less than its events",
+        edits=[
+            Edit(
+                CHECKS,
+                "length_ms, since, meta.appended_at + FUTURE_MAX_MS + 1)",
+                "length_ms, since, 0)",
+            )
+        ],
+        tests=[CHANGING_LENGTH],
+        speaks_of=f"{WINDOWS}|credits_micro",
+    ),
+    Mutant(
+        name="one-length-in-the-kernel",
+        removes="the kernel puts every event into windows of one length, also those of before a change",
+        edits=[
+            Edit(
+                "app/meterline/metering/fast/batch_meter.py",
+                "            records[lengths != self._length, ORDINARY] = 0\n",
+                "",
+            )
+        ],
+        tests=[FAST_IS_PLAIN],
+        speaks_of=r"credits_micro",
+    ),
+    Mutant(
+        name="new-rules-for-what-was-begun",
+        removes="a newer version decides anew what an older one has inserted and not committed: a row is in "
+        "the ledger that no window holds",
+        edits=[
+            Edit(
+                "app/meterline/metering/state.py",
+                "            older_rules = (*open_ones, (log_end - 1, self.rules))\n",
+                "            older_rules = tuple(open_ones)\n",
+            )
+        ],
+        tests=[TWO_VERSIONS],
+        speaks_of=SIMULATED_BOOKS,
     ),
     Mutant(
         name="limits-with-the-past",

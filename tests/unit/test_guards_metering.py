@@ -16,6 +16,7 @@ from prometheus_client import REGISTRY
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_to_record
 from meterline.domain.events import UsageEvent
+from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal
 from meterline.errors import PartitionHalted
 from meterline.metering.owner import MeteringOwner, MeteringTools
@@ -171,11 +172,11 @@ class World:
         names = ("identity_hash", "payload_digest", "appended_at")
         return tuple([row[name] for row in rows] for name in names)
 
-    def kept_windows(self, topic_id, _, until, since, length):
+    def kept_windows(self, topic_id, _, until, since, lengths):
         sums = defaultdict(SkuTotal)
         for row in self._rows(topic_id, until):
             if row["occurred_at"] >= since:
-                total = sums[row["occurred_at"] // length * length, row["client_id"], row["sku"]]
+                total = sums[lengths.start_of(row["occurred_at"]), row["client_id"], row["sku"]]
                 total.count += 1
                 total.credits_micro += row["credits_micro"]
         return dict(sums)
@@ -184,7 +185,7 @@ class World:
         return [self._window_sum(ref, cutoff) for ref, cutoff in windows]
 
     def _window_sum(self, ref, cutoff):
-        kept = self.kept_windows(ref.topic_id, 0, cutoff, ref.start, LENGTH)
+        kept = self.kept_windows(ref.topic_id, 0, cutoff, ref.start, WindowLengths.of(LENGTH))
         wanted = (ref.start, ref.client_id)
         return {sku: total for (start, client, sku), total in kept.items() if (start, client) == wanted}
 
