@@ -440,7 +440,7 @@ MUTANTS = [
             )
         ],
         tests=[FAST_IS_PLAIN],
-        speaks_of=r"credits_micro",
+        speaks_of=r"plain == fast",
     ),
     Mutant(
         name="new-rules-for-what-was-begun",
