@@ -17,6 +17,10 @@ TOTALS_TRUE = "tests/property/test_meter.py::test_totals_and_progress_are_true_f
 CHARGED_ONCE = (
     "tests/property/test_batch_meter.py::test_a_copy_is_charged_once_whatever_slice_its_first_is_in"
 )
+CHARGED_ONCE_AT_THE_EDGE = (
+    "tests/property/test_batch_meter.py::"
+    "test_a_copy_as_old_as_the_horizon_is_charged_once_wherever_in_its_slice_the_first_stands"
+)
 METER_TESTS = "tests/unit/test_metering_meter.py"
 GUARDS = "tests/unit/test_guards_metering.py"
 CRASH_CREDITS = f"{GUARDS}::test_a_crash_at_any_write_changes_no_credit"
@@ -111,16 +115,16 @@ MUTANTS = [
     ),
     Mutant(
         name="slice-that-leaves-too-early",
-        removes="a slice is forgotten while its last ids are within the horizon",
+        removes="a slice is forgotten one slice too early, while its last ids are within the horizon",
         edits=[
             Edit(
                 "app/meterline/metering/slices.py",
                 "        oldest = now - self.horizon_ms\n        self._slices",
-                "        oldest = now - self.horizon_ms // 2\n        self._slices",
+                "        oldest = now - self.horizon_ms + self.slice_ms\n        self._slices",
             )
         ],
-        tests=[CHARGED_ONCE],
-        speaks_of=r"charged == credits_charged",
+        tests=[CHARGED_ONCE_AT_THE_EDGE],
+        speaks_of=r"credits_micro == 7",
     ),
     Mutant(
         name="own-rows-as-duplicates",

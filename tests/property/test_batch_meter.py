@@ -529,6 +529,32 @@ def test_a_copy_is_charged_once_whatever_slice_its_first_is_in(age, credits_char
         assert charged == credits_charged
 
 
+def test_a_copy_as_old_as_the_horizon_is_charged_once_wherever_in_its_slice_the_first_stands():
+    """With a flush for each event, of four in a slice: one slice that left too early would charge its last
+    ones twice, one that stayed too long would hold more than the horizon and what two slices span.
+    """
+    step, horizon = SLICE // 4, MeteringSettings(dedupe_horizon_ms=HORIZON)
+    sides = [Side(fast, horizon, first_state()) for fast in (False, True)]
+    for number in range(3 * HORIZON // (2 * step)):
+        at, offset = START + number * step, FIRST + 2 * number
+        events = [
+            UsageEvent(f"e{of}", "a", "task", "x", 7, 0)
+            for of in (number, number - HORIZON // step)
+            if of >= 0
+        ]
+        records = [
+            (offset + place, at, None, encoded(event, CODEC.heads(1)[0], at), [])
+            for place, event in enumerate(events)
+        ]
+        for side in sides:
+            side.take(kafka_batches.batch(offset, records), offset + 1)
+            side.flush(START)
+            credits_micro = sum(row["credits_micro"] for row in side.ledger.values())
+
+            assert credits_micro == 7 * (number + 1)
+            assert len(side.meter.seen) <= (HORIZON + 2 * SLICE) // step
+
+
 def test_a_sum_near_its_limit_is_known_after_plain_records():
     """Records that come one by one before the first batch must not pass for all that the sums hold."""
     total = 2**63 - 1
