@@ -6,9 +6,18 @@ defaults are the local stack, so that every command works after `meterline up` w
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Literal
 
-from pydantic import BaseModel, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from meterline.errors import UserError
@@ -33,6 +42,7 @@ SANDBOX_API_KEY = "sk_test_meterline_sandbox"
 MINUTE_MS = 60_000
 HOUR_MS = 60 * MINUTE_MS
 DAY_MS = 24 * HOUR_MS
+EPOCH = datetime.fromtimestamp(0, UTC)
 
 
 class KafkaSettings(BaseModel):
@@ -119,6 +129,9 @@ class MeteringSettings(BaseModel):
     """How usage is folded into windows. Units are in the names."""
 
     window_length_ms: int = Field(HOUR_MS, ge=1_000, le=31 * DAY_MS)
+    window_length_since: AwareDatetime = EPOCH
+    """From which event time on windows are so long. To change the length, set both, this one to a later time
+    than before; a worker that still has the old settings goes on with the newer ones."""
     allowed_lateness_ms: int = Field(5 * MINUTE_MS, ge=0, le=7 * DAY_MS)
     grace_ms: int = Field(0, ge=0, le=7 * DAY_MS)
     flush_interval_ms: int = Field(150, ge=5, le=60_000)
@@ -146,6 +159,11 @@ class MeteringSettings(BaseModel):
     fast_path: bool = True
     """Read whole record batches natively where the extra `fast` is installed. What a worker does with an
     event is the same with and without."""
+
+    @property
+    def window_length_since_ms(self) -> int:
+        """The same in milliseconds since the epoch."""
+        return round(self.window_length_since.timestamp() * 1000)
 
 
 class BillingSettings(BaseModel):

@@ -17,6 +17,7 @@ from tests.ledger_rows import columns_of, event
 
 from meterline.contracts.topics import USAGE_EVENTS
 from meterline.domain.events import UsageEvent, identity_hash, payload_digest
+from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SkuTotal
 from meterline.ledger.client import connect
 from meterline.ledger.writer import LedgerWriter
@@ -215,7 +216,7 @@ def _meta(old: OldState, cluster_id: str, topic_id: str) -> Meta:
         applied_offset=applied,
         appended_at=newest + APPENDED_AFTER_MS,
         watermark=newest - OPEN * HOUR_MS,
-        window_length_ms=HOUR_MS,
+        lengths=WindowLengths.of(HOUR_MS),
         counters=Counters(accepted=old.ids),
         published_until=applied,
         accounted_until=newest,

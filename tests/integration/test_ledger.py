@@ -15,11 +15,13 @@ from decimal import Decimal
 import pytest
 from tests.ledger_rows import HOUR_MS, NOON, columns_of, event, snapshot, step
 
+from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SkuTotal, WindowRef
 from meterline.errors import WorkerMustExit
 from meterline.ledger.client import LedgerNotMigrated, connect
 from meterline.ledger.migrate import MIGRATIONS_DIR, apply_migrations, list_migrations
 from meterline.ledger.queries import dedupe_rows, kept_windows, partition_offsets, window_sums
+from meterline.ledger.repair_queries import state_windows
 from meterline.ledger.tables import EVENTS, USAGE_RECORD_LOG, WINDOW_SNAPSHOTS
 from meterline.ledger.writer import LedgerWriter
 from meterline.local.ports import Ports
@@ -117,7 +119,7 @@ def test_rows_that_are_inserted_again_count_once(client, ledger, settled):
 
     assert partition_offsets(client, "topic", 0) == (100, 1, 100)
     assert window_sums(client, [(WINDOW, 100)]) == [{"gpu": SkuTotal(100, 5_050)}]
-    assert kept_windows(client, "topic", 0, 100, NOON, HOUR_MS) == {
+    assert kept_windows(client, "topic", 0, 100, NOON, WindowLengths.of(HOUR_MS)) == {
         (NOON, "acme", "gpu"): SkuTotal(100, 5_050)
     }
     assert sorted(dedupe_rows(client, "topic", 0, 100, NOON)[0]) == [row["identity_hash"] for row in rows]
@@ -215,10 +217,28 @@ def test_kept_windows_by_start_client_and_sku(client, ledger, settled):
     )
     settled()
 
-    assert kept_windows(client, "topic", 0, 4, NOON, HOUR_MS) == {
+    assert kept_windows(client, "topic", 0, 4, NOON, WindowLengths.of(HOUR_MS)) == {
         (NOON, "acme", "gpu"): SkuTotal(1, 1_000_000),
         (NOON + HOUR_MS, "acme", "gpu"): SkuTotal(1, 1_000_000),
         (NOON, "other", "gpu"): SkuTotal(0, 0, 1, 1_000_000),
+    }
+
+
+def test_windows_of_several_lengths_are_added_up_each_in_its_own(client, ledger, settled):
+    """Before a change an hour, then ten minutes, then two hours; the repair's question says the same."""
+    lengths = WindowLengths.of(HOUR_MS).changed(HOUR_MS // 6, NOON + HOUR_MS, 0)
+    lengths = lengths.changed(2 * HOUR_MS, NOON + 2 * HOUR_MS, 0)
+    minutes = {1: 59, 2: 60, 3: 69, 4: 70, 5: 119, 6: 120, 7: 239, 8: 240}
+    insert(ledger, EVENTS, [event(o, occurred_at=NOON + m * 60_000) for o, m in minutes.items()])
+    settled()
+
+    counts = {0: 1, 60: 2, 70: 1, 110: 1, 120: 2, 240: 1}
+    sums = {NOON + start * 60_000: SkuTotal(n, n * 1_000_000) for start, n in counts.items()}
+    kept = kept_windows(client, "topic", 0, 8, NOON, lengths)
+    assert kept == {(start, "acme", "gpu"): total for start, total in sums.items()}
+    windows = state_windows(client, "topic", 0, 8, lengths, 0)
+    assert {start: window.skus for (start, _), window in windows.items()} == {
+        start: {"gpu": total} for start, total in sums.items()
     }
 
 

@@ -37,8 +37,8 @@ def work_and_leave(stack, traffic, worker):
     assert worker.terminate() == 0
 
 
-def test_another_window_length_halts_every_partition(stack, traffic, worker):
-    """Windows of two lengths can't be added up: 503 with both and the setting; the old one goes on."""
+def test_another_window_length_without_its_time_halts_every_partition(stack, traffic, worker):
+    """From when on is not for a worker to say: 503 with both and the settings. With a time it goes on."""
     work_and_leave(stack, traffic, worker)
     before = applied_offsets(stack)
     worker.environment["METERLINE_METERING__WINDOW_LENGTH_MS"] = "2000"
@@ -47,15 +47,20 @@ def test_another_window_length_halts_every_partition(stack, traffic, worker):
 
     assert worker.halts() == [
         f"partition {p} halted: usage.events-{p}: its windows are {WINDOW_MS} ms long, the setting says "
-        f"2000. Set METERLINE_METERING__WINDOW_LENGTH_MS={WINDOW_MS}"
+        f"2000. Set METERLINE_METERING__WINDOW_LENGTH_MS={WINDOW_MS}; or, if they are to become 2000 ms "
+        "long, say from when on: METERLINE_METERING__WINDOW_LENGTH_SINCE"
         for p in ALL
     ]
     assert worker.get_json("/healthz/live")[0] == 200
     assert applied_offsets(stack) == before
     assert worker.terminate() == 0
-    worker.environment["METERLINE_METERING__WINDOW_LENGTH_MS"] = str(WINDOW_MS)
+    worker.environment["METERLINE_METERING__WINDOW_LENGTH_SINCE"] = "2099-12-31T23:00:00Z"
     worker.start_ready()
     until(lambda: is_applied(stack, ALL), "what came meanwhile is applied")
+    since = 4_102_441_200_000
+    changed = [{"since": 0, "starts": 0, "length_ms": WINDOW_MS}]
+    changed.append({"since": since, "starts": since, "length_ms": 2_000})
+    assert [meta["lengths"] for meta in metering_metas(stack).values()] == [changed] * len(ALL)
 
 
 def flood(stack, records_each, clients):

@@ -17,6 +17,10 @@ TOTALS_TRUE = "tests/property/test_meter.py::test_totals_and_progress_are_true_f
 CHARGED_ONCE = (
     "tests/property/test_batch_meter.py::test_a_copy_is_charged_once_whatever_slice_its_first_is_in"
 )
+CHARGED_ONCE_AT_THE_EDGE = (
+    "tests/property/test_batch_meter.py::"
+    "test_a_copy_as_old_as_the_horizon_is_charged_once_wherever_in_its_slice_the_first_stands"
+)
 METER_TESTS = "tests/unit/test_metering_meter.py"
 GUARDS = "tests/unit/test_guards_metering.py"
 CRASH_CREDITS = f"{GUARDS}::test_a_crash_at_any_write_changes_no_credit"
@@ -27,6 +31,9 @@ BROKER = "tests/contract/test_broker_log.py"
 CRASH_POINTS = "tests/simulation/test_crash_points.py"
 HISTORIES = "tests/simulation/test_histories.py"
 RED_LIST = "tests/simulation/test_red_list.py"
+TWO_VERSIONS = "tests/simulation/test_two_versions.py"
+CHANGING_LENGTH = "tests/property/test_meter.py::test_windows_of_changing_length_hold_each_credit_once"
+FAST_IS_PLAIN = "tests/property/test_batch_meter.py::test_the_fast_meter_says_what_the_plain_one_says"
 
 LEDGER_ROWS = r"model\.accepted\.items\(\)\} == worker\.ledger"
 DEAD = r"model\.dead == worker\.dead"
@@ -108,16 +115,16 @@ MUTANTS = [
     ),
     Mutant(
         name="slice-that-leaves-too-early",
-        removes="a slice is forgotten while its last ids are within the horizon",
+        removes="a slice is forgotten one slice too early, while its last ids are within the horizon",
         edits=[
             Edit(
                 "app/meterline/metering/slices.py",
                 "        oldest = now - self.horizon_ms\n        self._slices",
-                "        oldest = now - self.horizon_ms // 2\n        self._slices",
+                "        oldest = now - self.horizon_ms + self.slice_ms\n        self._slices",
             )
         ],
-        tests=[CHARGED_ONCE],
-        speaks_of=r"charged == credits_charged",
+        tests=[CHARGED_ONCE_AT_THE_EDGE],
+        speaks_of=r"credits_micro == 7",
     ),
     Mutant(
         name="own-rows-as-duplicates",
@@ -405,12 +412,53 @@ MUTANTS = [
         edits=[
             Edit(
                 METER,
-                "        return start + self._length <= self.watermark\n",
+                "        return self.end_of(start) <= self.watermark\n",
                 "        return False\n",
             )
         ],
         tests=[FUNCTION_OF_LOG, CRASH_CREDITS],
         speaks_of=f"{WINDOWS}|{BOOKS}",
+    ),
+    Mutant(
+        name="length-from-now-on",
+        removes="windows have another length at once, where the older ones hold events already: a window is "
+        "published that says less than its events",
+        edits=[
+            Edit(
+                CHECKS,
+                "length_ms, since, meta.appended_at + FUTURE_MAX_MS + 1)",
+                "length_ms, since, 0)",
+            )
+        ],
+        tests=[CHANGING_LENGTH],
+        speaks_of=f"{WINDOWS}|credits_micro",
+    ),
+    Mutant(
+        name="one-length-in-the-kernel",
+        removes="the kernel puts every event into windows of one length, also those of before a change",
+        edits=[
+            Edit(
+                "app/meterline/metering/fast/batch_meter.py",
+                "            records[lengths != self._length, ORDINARY] = 0\n",
+                "",
+            )
+        ],
+        tests=[FAST_IS_PLAIN],
+        speaks_of=r"plain == fast",
+    ),
+    Mutant(
+        name="new-rules-for-what-was-begun",
+        removes="a newer version decides anew what an older one has inserted and not committed: a row is in "
+        "the ledger that no window holds",
+        edits=[
+            Edit(
+                "app/meterline/metering/state.py",
+                "            older_rules = (*open_ones, (log_end - 1, self.rules))\n",
+                "            older_rules = tuple(open_ones)\n",
+            )
+        ],
+        tests=[TWO_VERSIONS],
+        speaks_of=SIMULATED_BOOKS,
     ),
     Mutant(
         name="limits-with-the-past",

@@ -21,6 +21,7 @@ from meterline.contracts.records import event_from_record, event_to_record
 from meterline.domain.credits import CREDITS_MICRO_MAX
 from meterline.domain.dedupe import SLICES_PER_HORIZON
 from meterline.domain.events import Correction, CorrectionKind, UsageEvent
+from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal
 from meterline.ledger.tables import EVENT_COLUMNS
 from meterline.metering import meter as meter_module
@@ -288,13 +289,10 @@ steps = st.lists(
 )
 
 
-def first_state(total=0):
+def first_state(total=0, lengths=WindowLengths.of(LENGTH)):  # noqa: B008 - immutable
     """Where a partition stands that has a client and a window with sums near the end of int64, or none."""
-    state = {
-        meta_key(0): Meta(
-            "cluster", "topic", FIRST - 1, 0, 0, LENGTH, Counters(first_offset=FIRST)
-        ).to_bytes()
-    }
+    meta = Meta("cluster", "topic", FIRST - 1, 0, 0, lengths, Counters(first_offset=FIRST))
+    state = {meta_key(0): meta.to_bytes()}
     if total:
         sums = SkuTotal(1, total)
         state[aggregate_key(0, START, "a", "x")] = aggregate_value(sums)
@@ -313,6 +311,16 @@ def lowered(limits):
 
 LIMITS = (SKUS_PER_WINDOW_MAX, 2**63 - 1)
 
+ONE_LENGTH = WindowLengths.of(LENGTH)
+lengths_of_windows = st.sampled_from(
+    [ONE_LENGTH] * 2
+    + [
+        ONE_LENGTH.changed(2_000, 0, START),
+        ONE_LENGTH.changed(500, 0, START - 20_000).changed(1_500, 0, START + 5_000),
+    ]
+)
+"""The second one changes amid the events, the third also amid the late ones."""
+
 
 @settings(max_examples=300, deadline=None)
 @given(
@@ -323,17 +331,18 @@ LIMITS = (SKUS_PER_WINDOW_MAX, 2**63 - 1)
         [(0, LIMITS)] * 2
         + [(2**63 - 9, LIMITS), (2**63 - 2 * CREDITS_MICRO_MAX, LIMITS), (0, (1, 2**63 - 1)), (0, (2, 80))]
     ),
+    lengths_of_windows,
 )
-def test_the_fast_meter_says_what_the_plain_one_says(log, options, plan, total_and_limits):
+def test_the_fast_meter_says_what_the_plain_one_says(log, options, plan, total_and_limits, lengths):
     """Rows, windows, totals, progress, duplicates, dead letters with reasons and bytes, changelog, memory."""
     total, limits = total_and_limits
     with lowered(limits):
-        compare(log, options, plan, total)
+        compare(log, options, plan, first_state(total, lengths))
 
 
-def compare(log, options, plan, total):
+def compare(log, options, plan, state):
     data, offsets = log
-    sides = [Side(fast, options, first_state(total)) for fast in (False, True)]
+    sides = [Side(fast, options, state) for fast in (False, True)]
     now = START
     for count, step, pause, changed in [*plan, (len(offsets) + 1, "flush", 10_000, options)]:
         now += pause
@@ -518,6 +527,32 @@ def test_a_copy_is_charged_once_whatever_slice_its_first_is_in(age, credits_char
         charged = sum(row["credits_micro"] for row in side.ledger.values() if row["event_id"] == "e")
 
         assert charged == credits_charged
+
+
+def test_a_copy_as_old_as_the_horizon_is_charged_once_wherever_in_its_slice_the_first_stands():
+    """With a flush for each event, of four in a slice: one slice that left too early would charge its last
+    ones twice, one that stayed too long would hold more than the horizon and what two slices span.
+    """
+    step, horizon = SLICE // 4, MeteringSettings(dedupe_horizon_ms=HORIZON)
+    sides = [Side(fast, horizon, first_state()) for fast in (False, True)]
+    for number in range(3 * HORIZON // (2 * step)):
+        at, offset = START + number * step, FIRST + 2 * number
+        events = [
+            UsageEvent(f"e{of}", "a", "task", "x", 7, 0)
+            for of in (number, number - HORIZON // step)
+            if of >= 0
+        ]
+        records = [
+            (offset + place, at, None, encoded(event, CODEC.heads(1)[0], at), [])
+            for place, event in enumerate(events)
+        ]
+        for side in sides:
+            side.take(kafka_batches.batch(offset, records), offset + 1)
+            side.flush(START)
+            credits_micro = sum(row["credits_micro"] for row in side.ledger.values())
+
+            assert credits_micro == 7 * (number + 1)
+            assert len(side.meter.seen) <= (HORIZON + 2 * SLICE) // step
 
 
 def test_a_sum_near_its_limit_is_known_after_plain_records():

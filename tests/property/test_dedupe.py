@@ -110,6 +110,24 @@ def test_the_index_holds_the_horizon_and_a_slice(make, steps):
 
 
 @each_index
+@pytest.mark.parametrize("step", [3, SLICE // 4, SLICE + 1])
+def test_a_slice_leaves_neither_one_too_early_nor_one_too_late(make, step):
+    """Wherever in its slice an id stands: a copy exactly as old as the horizon is found, at each moment; and
+    once a slice is closed, nothing is held from before the horizon and the span of one.
+    """
+    index, times = make(), range(10_000, 10_000 + 2 * HORIZON, step)
+    for number, now in enumerate(times, 1):
+        index.add(number, number, now)
+        oldest = max(1, number - HORIZON // step)
+        assert [index.find(copy, now) for copy in (oldest - 1, oldest, number)] == [None, oldest, number]
+        closed = index._files._slices[-1:]
+        index.close_slice(now)
+        if index._files._slices[-1:] != closed:
+            held = sum(at >= now - HORIZON - SLICE - step for at in times[:number])
+            assert len(index) <= held, now - times[0]
+
+
+@each_index
 def test_an_id_of_each_slice_is_found_among_many(make):
     """A day of ids in 24 files and in memory: every one with its own payload, and no other."""
     index, each = make(), 500

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import ExitStack
-from itertools import accumulate
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -13,20 +15,23 @@ from hypothesis import strategies as st
 
 from meterline.domain.events import Correction, CorrectionKind, UsageEvent, identity_hash, payload_digest
 from meterline.domain.reasons import Reason
+from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SkuTotal
 from meterline.errors import DeadLetterError
 from meterline.ledger.tables import EVENT_COLUMNS
 from meterline.metering import meter as meter_module
-from meterline.metering.checks import check_windows
+from meterline.metering.checks import lengths_asked_for
 from meterline.metering.meter import Meter
 from meterline.metering.sliced_index import SlicedIndex
 from meterline.metering.slices import SliceFiles
 from meterline.metering.state import Counters, Meta, meta_key
 from meterline.settings import MeteringSettings
+from meterline.streaming.owner import LogRange
 
 LENGTH, HORIZON, START, FIRST = 1_000, 60_000, 10_000_000, 5
 FIVE_MINUTES = 300_000
 COLUMN = {name: number for number, name in enumerate(EVENT_COLUMNS)}
+LOG = LogRange("cluster", "usage.events", "topic", 0, FIRST, 2**40)
 CORRECTS = Correction("e0", CorrectionKind.AMEND, "topic", 0, 1)
 
 
@@ -104,8 +109,10 @@ def enforced(limits):
 
 
 class Model:
-    def __init__(self, log, limits=LIMITS):
-        self.limits = limits
+    """`lengths`: from which event time on windows are how long, oldest first."""
+
+    def __init__(self, log, limits=LIMITS, lengths=((0, LENGTH),)):
+        self.limits, self.lengths = limits, lengths
         self.accepted, self.dead, self.duplicates = {}, {}, 0
         newest = 0
         for record in log:
@@ -137,7 +144,7 @@ class Model:
 
     def _fate_by_sums(self, event):
         """Window and lifetime with all that was ever accepted, wherever it is remembered."""
-        window = self.windows(2**63).get((event.occurred_at // LENGTH * LENGTH, event.client_id), {})
+        window = self.windows(2**63).get((self.start_of(event), event.client_id), {})
         if event.sku not in window and len(window) >= self.limits.skus:
             return Reason.TOO_MANY_SKUS
         lifetime = self.totals(2**63).get(event.client_id, SkuTotal())
@@ -168,12 +175,16 @@ class Model:
                 )
         return totals
 
+    def start_of(self, event):
+        _, length = max(change for change in self.lengths if change[0] <= event.occurred_at)
+        return event.occurred_at // length * length
+
     def windows(self, cutoff):
         totals = defaultdict(dict)
         for offset, record in self.accepted.items():
             if offset <= cutoff:
                 event = record.value
-                skus = totals[event.occurred_at // LENGTH * LENGTH, event.client_id]
+                skus = totals[self.start_of(event), event.client_id]
                 old = skus.get(event.sku, SkuTotal())
                 paid, free = int(event.billable), int(not event.billable)
                 skus[event.sku] = SkuTotal(
@@ -194,12 +205,15 @@ class Worker:
         self.ledger, self.dead, self.snapshots = {}, {}, []
         self.totals, self.progress = [], []
         self.duplicates, self.now = 0, START
-        meta = Meta("cluster", "topic", FIRST - 1, 0, 0, LENGTH, Counters(first_offset=FIRST))
+        meta = Meta(
+            "cluster", "topic", FIRST - 1, 0, 0, WindowLengths.of(LENGTH), Counters(first_offset=FIRST)
+        )
         self.state = {meta_key(0): meta.to_bytes()}
         self.restart(options)
 
     def restart(self, options):
         meta = Meta.from_bytes(self.state[meta_key(0)])
+        meta = replace(meta, lengths=lengths_asked_for(meta, LOG, options))
         seen = SlicedIndex(SliceFiles.of(options))
         rows = [
             row
@@ -215,16 +229,20 @@ class Worker:
             for (start, client), skus in self.sums(meta.applied_offset).items()
             for sku, total in skus.items()
         }
-        check_windows(self.meter.kept_totals(), sums, meta, 0)
+        kept = self.meter.kept_totals()
+        assert kept == {key: sums.get(key) for key in kept}, "state and ledger differ"
 
     def sums(self, cutoff):
         """What the ledger's own rows say."""
-        fake = Model([])
+        fake = Model([], lengths=self.lengths())
         for offset, row in self.ledger.items():
             names = ("event_id", "client_id", "correlation_id", "sku", "credits_micro", "occurred_at")
             event = UsageEvent(*(row[COLUMN[name]] for name in names), billable=row[COLUMN["billable"]])
             fake.accepted[offset] = Record(offset, 0, event)
         return fake.windows(cutoff)
+
+    def lengths(self):
+        return [(change.starts, change.length_ms) for change in self.meter.meta.lengths.changes]
 
     def take(self, count):
         todo = [record for record in self.log if record.offset >= self.meter.next_offset]
@@ -397,6 +415,80 @@ def test_limits_are_those_of_the_whole_window_whatever_memory_has_forgotten(visi
     assert model.dead == worker.dead
     newest = {(s.ref.start, s.ref.client_id): s.skus for s in worker.snapshots}
     assert model.windows(2**63) == newest
+
+
+# -- windows that become longer or shorter
+
+asked_for = st.sampled_from(
+    [
+        (LENGTH, 0),
+        (2_000, START),
+        (1_500, START + 200_000),
+        (5_000, START + 2_000_000),
+        (LENGTH, START + 2_500_000),
+    ]
+)
+"""Length and since: what a worker's settings may say, each with any other in the group at the same time."""
+long_drafts = st.tuples(
+    st.sampled_from([0, 1, 700, 2_300, 150_000, 400_000, 1_000_000]),  # until the next one
+    st.sampled_from([0, 0, -300, -1_000, -5_700, -400_000, -(10**6), FIVE_MINUTES]),
+    st.sampled_from("ab"),
+    st.sampled_from([1, 7, 30]),
+)
+
+
+def settings_asking_for(length_ms, since):
+    return MeteringSettings(
+        window_length_ms=length_ms,
+        window_length_since=datetime.fromtimestamp(since / 1000, UTC),
+        dedupe_horizon_ms=HORIZON,
+        allowed_lateness_ms=0,
+        keep_closed_windows_ms=2_000,
+        late_snapshot_interval_ms=0,
+    )
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    st.lists(long_drafts, max_size=25),
+    st.lists(
+        st.tuples(st.integers(1, 6), st.sampled_from(["flush", "restart", "lost flush"]), asked_for),
+        max_size=12,
+    ),
+)
+def test_windows_of_changing_length_hold_each_credit_once(drafted, plan):
+    """Workers with older and newer settings take turns: each event is in the one window of its time, also if
+    it is late, whatever was restarted; windows never overlap, and their sums are the events'.
+    """
+    log, clock = [], START
+    for number, (step, lag, client, credits_micro) in enumerate(drafted):
+        clock += step
+        event = UsageEvent(f"e{number}", client, "task", "x", credits_micro, clock + lag)
+        log.append(Record(FIRST + number, clock, event))
+    worker = Worker(log, settings_asking_for(LENGTH, 0))
+    for count, step, (length_ms, since) in plan:
+        worker.now += 1_000
+        worker.take(count)
+        flush = worker.build()
+        if step != "lost flush":
+            worker.commit(flush)
+        if step != "flush":
+            worker.restart(settings_asking_for(length_ms, since))
+    run(worker, [])
+
+    model = Model(log, lengths=worker.lengths())
+    newest = {}
+    for snapshot in worker.snapshots:
+        key = (snapshot.ref.start, snapshot.ref.client_id)
+        assert model.windows(snapshot.cutoff_offset)[key] == snapshot.skus, "a snapshot is true for ever"
+        newest[key] = snapshot
+    assert model.windows(2**63) == {key: snapshot.skus for key, snapshot in newest.items()}
+    assert sum(event.credits_micro for _, _, event, _ in log) == sum(
+        snapshot.billable_credits_micro for snapshot in newest.values()
+    )
+    for client in "ab":
+        spans = sorted((s.ref.start, s.ref.end) for s in newest.values() if s.ref.client_id == client)
+        assert all(end <= start for (_, end), (start, _) in pairwise(spans)), "windows overlap"
 
 
 @settings(max_examples=250, deadline=None)

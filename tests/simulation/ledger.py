@@ -71,12 +71,11 @@ class Ledger:
         names = ("identity_hash", "payload_digest", "appended_at")
         return tuple([row[name] for row in rows] for name in names)
 
-    def kept_windows(self, topic_id, partition, applied_offset, occurred_since_ms, window_length_ms):
+    def kept_windows(self, topic_id, partition, applied_offset, occurred_since_ms, lengths):
         sums = defaultdict(SkuTotal)
         for row in self._of(topic_id, partition, applied_offset):
             if row["occurred_at"] >= occurred_since_ms:
-                start = row["occurred_at"] // window_length_ms * window_length_ms
-                _add(sums[start, row["client_id"], row["sku"]], row)
+                _add(sums[lengths.start_of(row["occurred_at"]), row["client_id"], row["sku"]], row)
         return dict(sums)
 
     def window_sums(self, windows):

@@ -40,13 +40,19 @@ class PartitionModel:
     """The fates of one partition's records, each judged by those before it."""
 
     def __init__(self, length_ms, horizon_ms):
-        self._length_ms, self._horizon_ms = length_ms, horizon_ms
+        self._lengths, self._horizon_ms = [(0, length_ms)], horizon_ms
         self.published = []
+        self.also_refused = lambda _published: None
+        """The reason of a rule that a newer version brings, if it refuses this."""
         self.accepted, self.dead = {}, {}
         self.duplicates = set()
         self.by_window, self.by_client = defaultdict(list), defaultdict(list)
         self._copies = {}
         self._newest = 0
+
+    def lengthen(self, since, length_ms):
+        """Windows have another length from an event time on, before any event of then is judged."""
+        self._lengths.append((since, length_ms))
 
     def judge(self, published):
         """The next record, in the order of offsets."""
@@ -57,7 +63,8 @@ class PartitionModel:
             usage = published.usage
             self.accepted[published.offset] = published
             self._copies[usage.client, usage.event_id] = published
-            start = usage.occurred_at - usage.occurred_at % self._length_ms
+            _, length_ms = max(length for length in self._lengths if length[0] <= usage.occurred_at)
+            start = usage.occurred_at - usage.occurred_at % length_ms
             self.by_window[start, usage.client].append(published)
             self.by_client[usage.client].append(published)
         elif fate == "duplicate":
@@ -73,6 +80,8 @@ class PartitionModel:
             return "negative_credits"
         if usage.occurred_at > published.appended_at + FIVE_MINUTES_MS:
             return "time_in_future"
+        if reason := self.also_refused(published):
+            return reason
         copy = self._copies.get((usage.client, usage.event_id))
         if copy is None or self._newest - copy.appended_at > self._horizon_ms:
             return "accepted"

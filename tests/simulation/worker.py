@@ -45,6 +45,7 @@ class Worker:
 
     def __init__(self, world, name):
         self.world, self.name = world, name
+        self.program = world.program_of.get(name)
         self.loop = VirtualLoop(world.clock, self._surprise)
         self.is_alive, self.is_stopped = True, False
         self.silences = 0
@@ -65,7 +66,7 @@ class Worker:
         world = self.world
         ledger = LedgerOfProcess(world, self)
         tools = MeteringTools(
-            settings=world.settings,
+            settings=world.settings_of.get(self.name, world.settings),
             writer=ledger,
             reader=ledger,
             events=CODECS["usage-event"],
@@ -74,7 +75,7 @@ class Worker:
             progress=CODECS["usage-progress"],
             dead_letters=CODECS["dead-letter"],
             window_partitions=WINDOW_PARTITIONS,
-            make_meter=make_meter,
+            make_meter=make_meter if self.program is None else self.program.make_meter,
             now_ms=world.wall_ms,
         )
         return Engine(

@@ -47,6 +47,10 @@ class World:
     def __init__(self, seed=0, settings=SETTINGS, names=("a", "b"), first_offset=0):
         self.random = random.Random(seed)
         self.settings = settings
+        self.settings_of = {}
+        """Name -> what its processes have from their next start on, instead of `settings`."""
+        self.program_of = {}
+        """The same for versions of the program: name -> `two_versions.Program`."""
         self.now = 0.0
         self.jumped_ms = 0
         self.messages = self.turns = 0
@@ -148,7 +152,11 @@ class World:
                 loop = worker.loop
                 while loop.is_ready and worker.is_responsive:
                     self._current = worker
-                    loop.turn()
+                    if worker.program is None:
+                        loop.turn()
+                    else:
+                        with worker.program.runs():
+                            loop.turn()
                     ran = True
                     self.turns += 1
                     assert self.turns < standstill, "a process is busy for ever"

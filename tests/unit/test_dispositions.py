@@ -13,6 +13,7 @@ from meterline.contracts.records import event_from_record, event_to_record
 from meterline.domain.credits import CREDITS_MICRO_MAX
 from meterline.domain.events import ATTRIBUTE_VALUE_BYTES_MAX, Correction, CorrectionKind, UsageEvent
 from meterline.domain.reasons import Reason
+from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal
 from meterline.metering.meter import Meter
 from meterline.metering.sliced_index import SlicedIndex
@@ -46,7 +47,7 @@ def confluent(schema_id):
 
 
 def meter():
-    meta = Meta("cluster", "topic", -1, 0, 0, HOUR, Counters())
+    meta = Meta("cluster", "topic", -1, 0, 0, WindowLengths.of(HOUR), Counters())
     return Meter(
         0,
         MeteringSettings(),

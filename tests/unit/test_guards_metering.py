@@ -16,8 +16,10 @@ from prometheus_client import REGISTRY
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_to_record
 from meterline.domain.events import UsageEvent
+from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal
 from meterline.errors import PartitionHalted
+from meterline.metering import owner as owner_module
 from meterline.metering.owner import MeteringOwner, MeteringTools
 from meterline.metering.state import Meta, meta_key
 from meterline.metering.worker import make_meter
@@ -171,11 +173,11 @@ class World:
         names = ("identity_hash", "payload_digest", "appended_at")
         return tuple([row[name] for row in rows] for name in names)
 
-    def kept_windows(self, topic_id, _, until, since, length):
+    def kept_windows(self, topic_id, _, until, since, lengths):
         sums = defaultdict(SkuTotal)
         for row in self._rows(topic_id, until):
             if row["occurred_at"] >= since:
-                total = sums[row["occurred_at"] // length * length, row["client_id"], row["sku"]]
+                total = sums[lengths.start_of(row["occurred_at"]), row["client_id"], row["sku"]]
                 total.count += 1
                 total.credits_micro += row["credits_micro"]
         return dict(sums)
@@ -184,7 +186,7 @@ class World:
         return [self._window_sum(ref, cutoff) for ref, cutoff in windows]
 
     def _window_sum(self, ref, cutoff):
-        kept = self.kept_windows(ref.topic_id, 0, cutoff, ref.start, LENGTH)
+        kept = self.kept_windows(ref.topic_id, 0, cutoff, ref.start, WindowLengths.of(LENGTH))
         wanted = (ref.start, ref.client_id)
         return {sku: total for (start, client, sku), total in kept.items() if (start, client) == wanted}
 
@@ -397,6 +399,26 @@ def test_clocks_of_two_workers_ten_minutes_apart_change_no_credit(ahead):
 
     assert world.books() == [world.owed()] * 3
     assert world.counted() == dict(world.fates)
+
+
+@pytest.mark.parametrize("rows_at_once", [500_000, 5], ids=["in one part", "in many parts"])
+@pytest.mark.parametrize(("others", "fate"), [(199, "duplicates"), (200, "accepted")])
+def test_a_rebuilt_index_ends_at_the_horizon_to_the_record(monkeypatch, rows_at_once, others, fate):
+    """A restart, and then a copy exactly as old as the horizon (200 records of 300 ms), or one record older:
+    charged once, or as a twin.
+    """
+    monkeypatch.setattr(owner_module, "INDEX_ROWS_AT_ONCE", rows_at_once)
+    world = World()
+    world.options = OPTIONS.model_copy(update={"dedupe_horizon_ms": 200 * 300})
+    world.append("acme", 1_000, "task")
+    for _ in range(others):
+        world.append("other", 1)
+    world.work(slice_length=64)
+    world.append("acme", 1_000, "task", fate=fate)
+
+    world.work()
+
+    assert world.books() == [{"acme": 1_000 * (1 + (fate == "accepted")), "other": others}] * 3
 
 
 # -- the brake on dead letters

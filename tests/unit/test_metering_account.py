@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from meterline.cli import lag
 from meterline.cli.main import app
+from meterline.domain.window_lengths import WindowLengths
 from meterline.metering.account import account_of
 from meterline.metering.state import Counters, Meta, meta_key
 from meterline.streaming.owner import LogRange
@@ -22,7 +23,7 @@ META = Meta(
     applied_offset=109,
     appended_at=1_700_000_000_000,
     watermark=1_699_999_700_000,
-    window_length_ms=1_000,
+    lengths=WindowLengths.of(1_000),
     counters=Counters(first_offset=10, accepted=90, duplicates=4, dead_letters=3, skipped=3),
 )
 

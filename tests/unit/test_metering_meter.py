@@ -9,6 +9,7 @@ import pytest
 from meterline.domain.credits import CREDITS_MICRO_MAX
 from meterline.domain.events import Correction, UsageEvent
 from meterline.domain.reasons import Reason
+from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal
 from meterline.ledger.tables import EVENT_COLUMNS
 from meterline.metering.meter import Meter
@@ -35,7 +36,7 @@ class Partition:
         self.state, self.ledger_sums = {}, {}
         self.meter = None
         self.next = 0
-        self.restart(Meta("cluster", "topic", -1, 0, 0, LENGTH, Counters()))
+        self.restart(Meta("cluster", "topic", -1, 0, 0, WindowLengths.of(LENGTH), Counters()))
 
     def restart(self, meta=None, keep=KEEP):
         meta = meta or Meta.from_bytes(self.state[meta_key(0)])
@@ -146,7 +147,7 @@ def test_a_late_snapshot_that_is_due_survives_a_crash(partition):
 
 def test_an_ended_window_asks_the_ledger_also_when_windows_are_kept_longer_now(partition):
     """It was evicted under the old setting: its bare rest published would take credits off the bill."""
-    partition.restart(Meta("cluster", "topic", -1, 0, 0, LENGTH, Counters()), keep=0)
+    partition.restart(Meta("cluster", "topic", -1, 0, 0, WindowLengths.of(LENGTH), Counters()), keep=0)
     partition.take(T0)
     partition.take(T0 + LENGTH)
     partition.flush(10 * CADENCE)

@@ -12,7 +12,7 @@ from typing import Protocol
 __all__ = ["SLICES_PER_HORIZON", "SeenIds"]
 
 SLICES_PER_HORIZON = 24
-"""Ids leave in slices: at most one slice more than the horizon is held."""
+"""Ids leave in slices, each with its last id: none is held longer than the horizon and the span of two."""
 
 
 class SeenIds(Protocol):

@@ -10,10 +10,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from meterline.domain.events import FUTURE_MAX_MS
+from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SkuTotal, WindowRef
 from meterline.ledger.client import Client, ledger_errors
 
-__all__ = ["CLIENTS_PER_QUERY_MAX", "dedupe_rows", "kept_windows", "partition_offsets", "window_sums"]
+__all__ = [
+    "CLIENTS_PER_QUERY_MAX",
+    "dedupe_rows",
+    "kept_windows",
+    "length_sql",
+    "partition_offsets",
+    "window_sums",
+]
 
 CLIENTS_PER_QUERY_MAX = 250
 """Client ids of 200 bytes, written twice and escaped, stay below the 256 KiB a server takes as a query."""
@@ -141,7 +149,7 @@ def kept_windows(  # noqa: PLR0917 - six plain facts, in the order of dedupe_row
     partition: int,
     applied_offset: int,
     occurred_since_ms: int,
-    window_length_ms: int,
+    lengths: WindowLengths,
 ) -> dict[tuple[int, str, str], SkuTotal]:
     """What the windows a worker still keeps must add up to.
 
@@ -149,11 +157,12 @@ def kept_windows(  # noqa: PLR0917 - six plain facts, in the order of dedupe_row
         (window start in ms, client id, SKU) -> totals over the rows with `offset` <= `applied_offset` and
         `occurred_at` >= `occurred_since_ms`.
     """
+    length = length_sql(lengths, "toUnixTimestamp64Milli(occurred_at)")
     rows = _execute(
         client,
         f"""
         SELECT
-            intDiv(toUnixTimestamp64Milli(occurred_at), %(length)s) * %(length)s AS window_start,
+            intDiv(toUnixTimestamp64Milli(occurred_at), {length}) * {length} AS window_start,
             client_id, sku, {_SKU_TOTALS}
         FROM
         (
@@ -165,9 +174,8 @@ def kept_windows(  # noqa: PLR0917 - six plain facts, in the order of dedupe_row
             LIMIT 1 BY `offset`
         )
         GROUP BY window_start, client_id, sku
-        """,  # noqa: S608 - only the constant above is put in
+        """,  # noqa: S608 - only the constant above and numbers are put in
         {
-            "length": window_length_ms,
             "appended_since": _appended_since(occurred_since_ms),
             "since": occurred_since_ms,
             "topic_id": topic_id,
@@ -176,6 +184,15 @@ def kept_windows(  # noqa: PLR0917 - six plain facts, in the order of dedupe_row
         },
     )
     return {(start, client_id, sku): SkuTotal(*totals) for start, client_id, sku, *totals in rows}
+
+
+def length_sql(lengths: WindowLengths, time: str) -> str:
+    """How long the window at a time (ms, an expression) is, as an expression."""
+    first, *later = lengths.changes
+    sql = str(first.length_ms)
+    for change in later:
+        sql = f"if({time} < {change.starts}, {sql}, {change.length_ms})"
+    return sql
 
 
 def lifetime_totals(

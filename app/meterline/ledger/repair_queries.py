@@ -9,17 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SkuTotal
 from meterline.ledger.client import Client, ledger_errors
+from meterline.ledger.queries import length_sql
 
 __all__ = [
     "RowSummary",
     "StateWindow",
     "client_totals",
     "event_offsets",
+    "published_windows",
     "row_summary",
     "state_windows",
-    "window_lengths",
 ]
 
 _SKU_TOTALS = """
@@ -78,21 +80,21 @@ def client_totals(
     return {client_id: (SkuTotal(*totals), last) for client_id, last, *totals in rows}
 
 
-def window_lengths(client: Client, topic_id: str, partition: int) -> set[int]:
-    """How long the windows were that were published (ms): one length, or nothing was published."""
-    rows = _execute(
+def published_windows(client: Client, topic_id: str, partition: int) -> list[tuple[int, int]]:
+    """Start and end (ms) of the windows that were published and are in the ledger, oldest first."""
+    return _execute(
         client,
         """
-        SELECT DISTINCT toUnixTimestamp64Milli(window_end) - toUnixTimestamp64Milli(window_start)
+        SELECT DISTINCT toUnixTimestamp64Milli(window_start) AS since, toUnixTimestamp64Milli(window_end)
         FROM window_snapshots WHERE topic_id = %(topic_id)s AND `partition` = %(partition)s
+        ORDER BY since
         """,
         {"topic_id": topic_id, "partition": partition},
     )
-    return {length for (length,) in rows}
 
 
 def state_windows(  # noqa: PLR0917 - six plain facts, in the order of queries.kept_windows
-    client: Client, topic_id: str, partition: int, until: int, length_ms: int, ended_since_ms: int
+    client: Client, topic_id: str, partition: int, until: int, lengths: WindowLengths, ended_since_ms: int
 ) -> dict[tuple[int, str], StateWindow]:
     """The windows a worker must know: those that ended lately, and those not published as they are now.
 
@@ -103,6 +105,8 @@ def state_windows(  # noqa: PLR0917 - six plain facts, in the order of queries.k
     Returns:
         (window start in ms, client) -> window.
     """
+    length = length_sql(lengths, "toUnixTimestamp64Milli(occurred_at)")
+    end = f"used.window_start + {length_sql(lengths, 'used.window_start')}"
     rows = _execute(
         client,
         f"""
@@ -110,7 +114,7 @@ def state_windows(  # noqa: PLR0917 - six plain facts, in the order of queries.k
         FROM
         (
             SELECT
-                intDiv(toUnixTimestamp64Milli(occurred_at), %(length)s) * %(length)s AS window_start,
+                intDiv(toUnixTimestamp64Milli(occurred_at), {length}) * {length} AS window_start,
                 client_id, sku,
                 countIf(billable) AS c, sumIf(credits_micro, billable) AS m,
                 countIf(NOT billable) AS fc, sumIf(credits_micro, NOT billable) AS fm,
@@ -126,14 +130,13 @@ def state_windows(  # noqa: PLR0917 - six plain facts, in the order of queries.k
             FROM window_snapshots WHERE topic_id = %(topic_id)s AND `partition` = %(partition)s
             GROUP BY window_start, client_id
         ) AS said ON used.window_start = said.window_start AND used.client_id = said.client_id
-        WHERE used.window_start + %(length)s > %(ended_since)s OR window_last >= said.next_cutoff
+        WHERE {end} > %(ended_since)s OR window_last >= said.next_cutoff
         {_BY_DAY}
         """,  # noqa: S608 - as above
         {
             "topic_id": topic_id,
             "partition": partition,
             "until": until,
-            "length": length_ms,
             "ended_since": ended_since_ms,
         },
     )

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from meterline.domain.events import FUTURE_MAX_MS
+from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SkuTotal
 from meterline.errors import PartitionHalted
-from meterline.metering.state import FORMAT_VERSION, RULE_VERSION, Counters, Meta
+from meterline.metering.state import Counters, Meta
 from meterline.settings import MeteringSettings
 from meterline.streaming.owner import LogRange
 
-__all__ = ["check_flood", "check_log", "check_range", "check_windows", "first_meta", "repair_command"]
+__all__ = [
+    "check_flood",
+    "check_log",
+    "check_range",
+    "check_windows",
+    "first_meta",
+    "lengths_asked_for",
+    "repair_command",
+]
 
 SkuKey = tuple[int, str, str]
 """Window start (ms), client, SKU."""
@@ -41,7 +51,7 @@ def first_meta(log: LogRange, in_ledger: tuple[int, int, int] | None, settings: 
         applied_offset=log.start_offset - 1,
         appended_at=0,
         watermark=0,
-        window_length_ms=settings.window_length_ms,
+        lengths=WindowLengths.of(settings.window_length_ms, settings.window_length_since_ms),
         counters=Counters(first_offset=log.start_offset),
     )
 
@@ -79,24 +89,41 @@ def check_range(meta: Meta, log: LogRange) -> None:
 
 
 def check_log(meta: Meta, log: LogRange, settings: MeteringSettings) -> None:
-    """State and log belong together, and this version and these settings go on with the state.
+    """State and log belong together, and these settings go on with the state.
 
     Raises:
         PartitionHalted: with the exact range, or what was changed.
     """
     check_range(meta, log)
-    if (meta.format, meta.rules) != (FORMAT_VERSION, RULE_VERSION):
+    lengths_asked_for(meta, log, settings)
+
+
+def lengths_asked_for(meta: Meta, log: LogRange, settings: MeteringSettings) -> WindowLengths:
+    """How long windows are from now on: as they were, unless the settings ask for something newer.
+
+    A worker whose setting is older than what stands in the state goes on with that. A change begins where no
+    event can be yet: records are refused that are further ahead of their append time.
+
+    Raises:
+        PartitionHalted: two lengths are asked for from the same time on, or the change can't be made.
+    """
+    length_ms, since = settings.window_length_ms, settings.window_length_since_ms
+    newest = meta.lengths.newest
+    if since < newest.since or length_ms == newest.length_ms:
+        return meta.lengths
+    if since == newest.since:
         raise _halted(
             log,
-            f"the state was written with format {meta.format} and rules {meta.rules}; this version has "
-            f"format {FORMAT_VERSION} and rules {RULE_VERSION}",
+            f"its windows are {newest.length_ms} ms long, the setting says {length_ms}. "
+            f"Set METERLINE_METERING__WINDOW_LENGTH_MS={newest.length_ms}; or, if they are to become "
+            f"{length_ms} ms long, say from when on: METERLINE_METERING__WINDOW_LENGTH_SINCE",
         )
-    if meta.window_length_ms != settings.window_length_ms:
+    try:
+        return meta.lengths.changed(length_ms, since, meta.appended_at + FUTURE_MAX_MS + 1)
+    except ValueError as error:
         raise _halted(
-            log,
-            f"its windows are {meta.window_length_ms} ms long, the setting says {settings.window_length_ms}. "
-            f"Set METERLINE_METERING__WINDOW_LENGTH_MS={meta.window_length_ms}",
-        )
+            log, f"the length of its windows can't be changed to {length_ms} ms: {error}"
+        ) from error
 
 
 def check_windows(

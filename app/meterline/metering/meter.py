@@ -25,7 +25,6 @@ from meterline.domain.windows import (
     SkuTotal,
     WindowRef,
     WindowSnapshot,
-    window_start_of,
 )
 from meterline.errors import DeadLetterError
 from meterline.ledger.blocks import EncodedBlock
@@ -156,7 +155,7 @@ class Meter:
         self.brake = Brake(settings.brake_dead_letters_max, settings.brake_clients_min)
         self._settings = settings
         self._decode = decode
-        self._length = meta.window_length_ms
+        self._lengths = meta.lengths
         self._appended_at = meta.appended_at
         self._undecided = self.next_offset
         self._waiting: list[Callable[[], None]] = []
@@ -242,7 +241,7 @@ class Meter:
             return
         self.next_offset = reads[-1][0].offset + 1
         windows = (
-            (window_start_of(event.occurred_at, self._length), event.client_id)
+            (self._lengths.start_of(event.occurred_at), event.client_id)
             for _, event in reads
             if isinstance(event, UsageEvent)
         )
@@ -262,13 +261,17 @@ class Meter:
             return record, DeadLetter(record, refusal.reason, refusal.detail, client)
         return record, event
 
+    def end_of(self, start: int) -> int:
+        """End (ms) of the window that begins there."""
+        return self._lengths.end_of(start)
+
     def _has_ended(self, start: int) -> bool:
         """Whether a window may have been evicted before the records that are handed over now.
 
         That happens in flushes, and the watermark has not gone back since. Not asked of the time for which
         windows are kept: that setting may have been smaller.
         """
-        return start + self._length <= self.watermark
+        return self.end_of(start) <= self.watermark
 
     def _knows(self, ended: Iterable[WindowKey]) -> bool:
         """Whether records with these ended windows can be decided now. What lacks its past is noted."""
@@ -326,7 +329,7 @@ class Meter:
 
     def _fold(self, event: UsageEvent, offset: int) -> None:
         """Add to the window, or refuse before anything is changed."""
-        start = window_start_of(event.occurred_at, self._length)
+        start = self._lengths.start_of(event.occurred_at)
         key = (start, event.client_id)
         window = self.windows.get(key)
         skus = window.skus if window is not None else self._pasts.get(key, {})
@@ -373,10 +376,10 @@ class Meter:
             self._late_reopened += events
 
     def _is_closed(self, start: int) -> bool:
-        return start + self._length + self._settings.grace_ms <= self.watermark
+        return self.end_of(start) + self._settings.grace_ms <= self.watermark
 
     def _is_evictable(self, start: int) -> bool:
-        return start + self._length <= self.watermark - self._settings.keep_closed_windows_ms
+        return self.end_of(start) <= self.watermark - self._settings.keep_closed_windows_ms
 
     def advance_watermark(self, to: int) -> None:
         """Wall time counts as event time on an idle partition: snapshots are true whatever the moment."""
@@ -522,7 +525,7 @@ class Meter:
         return WindowSnapshot(self._ref(start, client), cutoff, skus, now_ms, self.watermark)
 
     def _ref(self, start: int, client: str) -> WindowRef:
-        return WindowRef(client, start, start + self._length, self.meta.topic_id, self.partition)
+        return WindowRef(client, start, self.end_of(start), self.meta.topic_id, self.partition)
 
     def _window_record(self, start: int, client: str, window: OpenWindow) -> tuple[bytes, bytes]:
         key = window_key(self.partition, start, client)

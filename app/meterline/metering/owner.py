@@ -15,10 +15,16 @@ from meterline.ledger.reader import LedgerReader
 from meterline.ledger.tables import EVENT_COLUMNS, EVENTS
 from meterline.ledger.writer import LedgerWriter
 from meterline.logs import get_logger
-from meterline.metering.checks import check_flood, check_log, check_windows, first_meta
+from meterline.metering.checks import (
+    check_flood,
+    check_log,
+    check_windows,
+    first_meta,
+    lengths_asked_for,
+)
 from meterline.metering.meter import DeadLetter, Flush, Meter
 from meterline.metering.outputs import progress_output, total_output, window_output
-from meterline.metering.state import FORMAT_VERSION, Meta, meta_key
+from meterline.metering.state import FORMAT_WITHOUT_TOTALS, Meta, meta_key
 from meterline.metrics import (
     DEAD_LETTERS,
     DEDUPE_IDS,
@@ -39,8 +45,6 @@ from meterline.streaming.steps import Step, reached
 __all__ = ["MeteringOwner", "MeteringTools"]
 
 log = get_logger(__name__)
-
-FORMAT_WITHOUT_TOTALS = 1
 
 INDEX_ROWS_AT_ONCE = 500_000
 """A partition with fewer rows is asked for its ids in one question; others in parts, so that a day of a busy
@@ -99,9 +103,9 @@ class MeteringOwner(PartitionOwner):
         else:
             meta = Meta.from_bytes(saved)
         lacks_totals = meta.format == FORMAT_WITHOUT_TOTALS
-        if lacks_totals:
-            meta = replace(meta, format=FORMAT_VERSION)
         check_log(meta, log, settings)
+        # Part of the first flush, whatever that is: before it nothing is said that depends on either.
+        meta = self._lengthen(meta.brought_up_to_date(log.end_offset))
         self._meter = self._tools.make_meter(log.partition, settings, self._decoder(), meta)
         await self._rebuild_index(meta, in_ledger[0] if in_ledger is not None else 0)
         self._meter.restore(state)
@@ -114,6 +118,28 @@ class MeteringOwner(PartitionOwner):
         WATERMARK_AGE_SECONDS.labels(self._partition).set_function(self._watermark_age_s)
         self._show()
         return self._meter.next_offset
+
+    def _lengthen(self, meta: Meta) -> Meta:
+        """Windows become as long as the settings ask for, if they ask for something new."""
+        settings = self._tools.settings
+        lengths = lengths_asked_for(meta, self._log, settings)
+        if lengths != meta.lengths:
+            log.info(
+                "the length of windows changes",
+                partition=self._partition,
+                from_ms=meta.lengths.newest.length_ms,
+                to_ms=lengths.newest.length_ms,
+                starts=lengths.newest.starts,
+            )
+        elif lengths.newest.length_ms != settings.window_length_ms:
+            log.warning(
+                "the setting of this worker is older than the length of windows that stands in the state",
+                partition=self._partition,
+                setting_ms=settings.window_length_ms,
+                length_ms=lengths.newest.length_ms,
+                starts=lengths.newest.starts,
+            )
+        return replace(meta, lengths=lengths)
 
     async def _rebuild_index(self, meta: Meta, rows: int) -> None:
         """From the ledger, part by part of the horizon: each goes to a file before the next."""
@@ -147,7 +173,7 @@ class MeteringOwner(PartitionOwner):
             self._partition,
             meta.applied_offset,
             since,
-            meta.window_length_ms,
+            meta.lengths,
         )
         check_windows(kept, in_ledger, meta, self._partition)
 

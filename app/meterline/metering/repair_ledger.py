@@ -17,7 +17,8 @@ from confluent_kafka import Message
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_from_record
 from meterline.contracts.topics import USAGE_EVENTS
-from meterline.domain.windows import SkuTotal, window_start_of
+from meterline.domain.window_lengths import WindowLengths
+from meterline.domain.windows import SkuTotal
 from meterline.ledger import queries, repair_queries
 from meterline.ledger.tables import EVENT_COLUMNS, EVENTS
 from meterline.ledger.writer import LedgerWriter
@@ -56,7 +57,7 @@ class LedgerPlan:
 
     Attributes:
         applied: the offset up to which the ledger must equal what is committed.
-        length_ms: of the windows.
+        lengths: of the windows.
         missing: how many rows.
         ranges: the first of their offsets, first and last of each run.
         totals: client -> what the missing rows add up to.
@@ -67,7 +68,7 @@ class LedgerPlan:
     first: int
     last: int
     applied: int
-    length_ms: int
+    lengths: WindowLengths
     counters: Counters = field(default_factory=Counters)
     missing: int = 0
     ranges: list[list[int]] = field(default_factory=list)
@@ -87,10 +88,7 @@ class LedgerPlan:
             self.ranges[-1][1] = offset
         elif len(self.ranges) < RANGES_KEPT_MAX:
             self.ranges.append([offset, offset])
-        client, start = (
-            row[_COLUMN["client_id"]],
-            window_start_of(row[_COLUMN["occurred_at"]], self.length_ms),
-        )
+        client, start = row[_COLUMN["client_id"]], self.lengths.start_of(row[_COLUMN["occurred_at"]])
         key = (start, client, row[_COLUMN["sku"]])
         credits_micro, billable = row[_COLUMN["credits_micro"]], row[_COLUMN["billable"]]
         for sums in (
@@ -129,8 +127,9 @@ def plan_ledger(tools: RepairTools, evidence: Evidence, first: int | None, last:
             f"offsets {first}..{last} can't be read again: {counted_since}..{applied} were counted, and the "
             f"log holds {log.start_offset}..{log.end_offset - 1}",
         )
-    length = meta.window_length_ms if meta is not None else tools.metering.window_length_ms
-    plan = LedgerPlan(log, first, last, applied, length)
+    # Without a state no window is compared, and any length will do.
+    lengths = meta.lengths if meta is not None else WindowLengths.of(tools.metering.window_length_ms)
+    plan = LedgerPlan(log, first, last, applied, lengths)
     for rows in _missing_rows(tools, plan):
         for row in rows:
             plan.note(row)
@@ -227,7 +226,7 @@ def _meter_before(tools: RepairTools, plan: LedgerPlan, appended_at: int) -> Met
         applied_offset=plan.first - 1,
         appended_at=rows.newest_appended_at if rows is not None else 0,
         watermark=0,
-        window_length_ms=plan.length_ms,
+        lengths=plan.lengths,
         counters=Counters(first_offset=plan.first),
     )
     return Meter(
@@ -278,7 +277,7 @@ def _require_equal_windows(tools: RepairTools, evidence: Evidence, meta: Meta, p
     if kept:
         since = min(start for start, _, _ in kept)
         where = (plan.log.topic_id, partition, plan.applied)
-        sums = tools.ledger.ask(queries.kept_windows, *where, since, meta.window_length_ms)
+        sums = tools.ledger.ask(queries.kept_windows, *where, since, meta.lengths)
         for key, missing in plan.windows.items():
             _add(sums.setdefault(key, SkuTotal()), missing)
         check_windows(kept, sums, meta, partition)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.topics import METERING_CHANGELOG, USAGE_EVENTS
 from meterline.domain.events import UsageEvent
+from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SkuTotal
 from meterline.errors import PartitionHalted, RetryLater
 from meterline.ledger import queries, repair_queries
@@ -32,9 +33,7 @@ from meterline.metering.repair_evidence import (
 from meterline.metering.sliced_index import SlicedIndex
 from meterline.metering.slices import SliceFiles
 from meterline.metering.state import (
-    FORMAT_VERSION,
     GROUP,
-    RULE_VERSION,
     Counters,
     Meta,
     aggregate_key,
@@ -90,11 +89,7 @@ def plan_state(tools: RepairTools, evidence: Evidence, gap: Gap | None) -> State
     log, saved = evidence.log, evidence.state.get(meta_key(evidence.log.partition))
     if saved is None:
         return _plan_lost(tools, evidence, gap)
-    meta = Meta.from_bytes(saved)
-    if (meta.format, meta.rules) != (FORMAT_VERSION, RULE_VERSION):
-        raise refused(
-            log, f"its state has format {meta.format} and rules {meta.rules}: run the version that wrote it"
-        )
+    meta = Meta.from_bytes(saved).brought_up_to_date(log.end_offset)
     if meta.topic_id != log.topic_id:
         return _plan_new_topic(tools, evidence, meta, gap)
     _require_counted_rows(tools, log, meta)
@@ -121,13 +116,6 @@ def _plan_lost(tools: RepairTools, evidence: Evidence, gap: Gap | None) -> State
             "neither the changelog nor usage.totals says how far they were counted. Restore one of the two",
         )
     require_whole_ledger(tools, evidence)
-    lengths = tools.ledger.ask(repair_queries.window_lengths, log.topic_id, log.partition)
-    if lengths - {tools.metering.window_length_ms}:
-        raise refused(
-            log,
-            f"its windows were {sorted(lengths)} ms long, the setting says "
-            f"{tools.metering.window_length_ms}. Set METERLINE_METERING__WINDOW_LENGTH_MS here, too",
-        )
     first = min(rows.first_offset, log.start_offset, *said.dead)
     meta = Meta(
         cluster_id=log.cluster_id,
@@ -135,7 +123,7 @@ def _plan_lost(tools: RepairTools, evidence: Evidence, gap: Gap | None) -> State
         applied_offset=said.committed_until,
         appended_at=0,
         watermark=0,
-        window_length_ms=tools.metering.window_length_ms,
+        lengths=_lengths_of_lost(tools, log),
         # What became of each offset is lost with the state; `_rebuilt` fills in what the ledger knows.
         counters=Counters(
             first_offset=first,
@@ -147,6 +135,20 @@ def _plan_lost(tools: RepairTools, evidence: Evidence, gap: Gap | None) -> State
     )
     applied = _applied_after(log, meta.applied_offset, gap)
     return _rebuilt(tools, evidence, meta, applied, "the changelog has no state", keep_published=True)
+
+
+def _lengths_of_lost(tools: RepairTools, log: LogRange) -> WindowLengths:
+    """How long the windows must have been that were published; what was not can have any length.
+
+    Of those that billing has not written down yet nothing is known: they must be of one of these lengths.
+    """
+    windows = tools.ledger.ask(repair_queries.published_windows, log.topic_id, log.partition)
+    if not windows:
+        return WindowLengths.of(tools.metering.window_length_ms, tools.metering.window_length_since_ms)
+    try:
+        return WindowLengths.from_windows(windows)
+    except ValueError as error:
+        raise refused(log, f"the windows in the ledger fit no lengths: {error}") from error
 
 
 def _plan_new_topic(tools: RepairTools, evidence: Evidence, meta: Meta, gap: Gap | None) -> StatePlan:
@@ -173,7 +175,7 @@ def _last_statements(tools: RepairTools, evidence: Evidence, meta: Meta) -> list
     """Every window and total of a topic that is gone, as of the last offset that was counted of it."""
     meter = _meter(tools, evidence.log.partition, meta, evidence.state)
     _check_kept(tools, meter, meta)
-    ends = [start + meta.window_length_ms for start, _ in meter.windows]
+    ends = [meter.end_of(start) for start, _ in meter.windows]
     meter.advance_watermark(max(ends, default=0) + tools.metering.grace_ms)
     flush = meter.build_flush(time.time_ns() // 1_000_000)
     if flush is None:
@@ -290,7 +292,7 @@ def _state_from_rows(
     ask, partition = tools.ledger.ask, where[1]
     state: dict[bytes, bytes] = {}
     kept_since = meta.watermark - tools.metering.keep_closed_windows_ms
-    windows = ask(repair_queries.state_windows, *where, meta.window_length_ms, kept_since)
+    windows = ask(repair_queries.state_windows, *where, meta.lengths, kept_since)
     for (start, client), window in windows.items():
         for sku, total in window.skus.items():
             state[aggregate_key(partition, start, client, sku)] = aggregate_value(total)
@@ -325,7 +327,7 @@ def _check_kept(tools: RepairTools, meter: Meter, meta: Meta) -> None:
     if kept:
         since = min(start for start, _, _ in kept)
         where = (meta.topic_id, meter.partition, meta.applied_offset)
-        rows = tools.ledger.ask(queries.kept_windows, *where, since, meta.window_length_ms)
+        rows = tools.ledger.ask(queries.kept_windows, *where, since, meta.lengths)
         check_windows(kept, rows, meta, meter.partition)
 
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
+from meterline.domain.window_lengths import LengthChange, WindowLengths
 from meterline.domain.windows import SkuTotal
+from meterline.errors import PartitionHalted
 
 __all__ = [
     "FORMAT_VERSION",
@@ -44,10 +46,12 @@ __all__ = [
 GROUP = "metering"
 """Consumer group, name of the Faust app, and prefix of the partitions' transactional ids."""
 
-FORMAT_VERSION = 2
-"""Of these bytes. A change needs a migration. 2 added the totals, which format 1 finds in the ledger."""
+FORMAT_VERSION = 3
+"""Of these bytes. An older one is brought up to date when its partition is taken over, a newer one refused.
+2 added the totals, which are found in the ledger; 3 lets the length of windows change, and the rules."""
+FORMAT_WITHOUT_TOTALS = 1
 RULE_VERSION = 1
-"""Of the rules that decide a record's fate. A new one takes effect above the highest offset in the ledger."""
+"""Of the rules that decide a record's fate. A new one holds for what is appended after it has taken over."""
 
 _HEAD = struct.Struct(">HcqH")  # partition, kind, window start, bytes of the client id
 _AGGREGATE = struct.Struct(">qqqq")
@@ -80,7 +84,7 @@ class Meta:
     appended_at: int
     """Largest append time among the applied records (ms)."""
     watermark: int
-    window_length_ms: int
+    lengths: WindowLengths
     counters: Counters = field(default_factory=Counters)
     published_until: int = -1
     """Offset up to which every total is on `usage.totals`."""
@@ -88,16 +92,57 @@ class Meta:
     """Log time (ms): everything appended at or before it is accounted and published."""
     format: int = FORMAT_VERSION
     rules: int = RULE_VERSION
+    older_rules: tuple[tuple[int, int], ...] = ()
+    """Offset and version: records up to that offset are decided by the rules of that version."""
 
     def to_bytes(self) -> bytes:
         """JSON: written once a flush, read by people in an emergency."""
-        return json.dumps(asdict(self), separators=(",", ":")).encode()
+        fields = asdict(self)
+        fields["lengths"] = fields["lengths"]["changes"]
+        return json.dumps(fields, separators=(",", ":")).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Meta:
-        """Inverse of to_bytes."""
+        """Read it back; of an older format as far as it goes, with its own `format`.
+
+        Raises:
+            PartitionHalted: a newer version of Meterline wrote it.
+        """
         fields = json.loads(data)
-        return cls(**{**fields, "counters": Counters(**fields["counters"])})
+        # Before anything else is looked at: of what a newer version added nothing is known here.
+        if fields["format"] > FORMAT_VERSION or fields["rules"] > RULE_VERSION:
+            raise PartitionHalted(
+                f"its state was written by a newer version, with format {fields['format']} and rules "
+                f"{fields['rules']}; this one knows formats up to {FORMAT_VERSION} and rules up to "
+                f"{RULE_VERSION}, and leaves the partition as it is. Run the newer version here, too"
+            )
+        if "window_length_ms" in fields:  # formats 1 and 2
+            fields["lengths"] = [asdict(WindowLengths.of(fields.pop("window_length_ms")).newest)]
+        return cls(
+            **{
+                **fields,
+                "counters": Counters(**fields["counters"]),
+                "lengths": WindowLengths(tuple(LengthChange(**change) for change in fields["lengths"])),
+                "older_rules": tuple((until, rules) for until, rules in fields.get("older_rules", ())),
+            }
+        )
+
+    def brought_up_to_date(self, log_end: int) -> Meta:
+        """The same with the format and the rules of this version.
+
+        Args:
+            log_end: of its partition. What is below may have been decided, and inserted, by the older rules,
+                in a flush that was not committed: they hold up to there.
+        """
+        older_rules = self.older_rules
+        if self.rules < RULE_VERSION:
+            open_ones = [older for older in older_rules if older[0] > self.applied_offset]
+            older_rules = (*open_ones, (log_end - 1, self.rules))
+        return replace(self, format=FORMAT_VERSION, rules=RULE_VERSION, older_rules=older_rules)
+
+    def rules_at(self, offset: int) -> int:
+        """Version of the rules that decide a record."""
+        return next((rules for until, rules in self.older_rules if offset <= until), self.rules)
 
 
 def meta_key(partition: int) -> bytes:

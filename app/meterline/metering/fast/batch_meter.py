@@ -18,7 +18,7 @@ import numpy as np
 
 from meterline.domain.events import UsageEvent
 from meterline.domain.totals import UsageProgress
-from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal, WindowRef, window_start_of
+from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal, WindowRef
 from meterline.metering.fast.fold import (
     CELL_FIELDS,
     GROUP_FIELDS,
@@ -107,6 +107,7 @@ class BatchMeter(Meter):
         self._scratch = Scratch().arrays()
         self._work = _Work(0)
         self._largest_sum = self._widest = UNKNOWN
+        self._length = meta.lengths.newest.length_ms
         super().__init__(partition, settings, decode, meta, seen)
 
     def _start_collecting(self) -> None:
@@ -184,8 +185,9 @@ class BatchMeter(Meter):
 
     def _ended_windows(self, scanned: Scanned) -> Iterator[WindowKey]:
         occurred_at = scanned.records[:, OCCURRED]
-        starts = occurred_at - occurred_at % self._length
-        numbers = np.flatnonzero((occurred_at >= 0) & self._has_ended(starts))
+        lengths = self._lengths_at(occurred_at)
+        starts = occurred_at - occurred_at % lengths
+        numbers = np.flatnonzero((occurred_at >= 0) & (starts + lengths <= self.watermark))
         if not len(numbers):
             return
         clients = self._clients.texts()
@@ -194,6 +196,14 @@ class BatchMeter(Meter):
             odd = scanned.odd.get(number)
             yield start, clients[code] if odd is None else cast(UsageEvent, odd[1]).client_id
 
+    def _lengths_at(self, occurred_at: Any) -> Any:
+        """Of the window of each event; one number where there is one."""
+        changes = self._lengths.changes
+        if len(changes) == 1:
+            return changes[0].length_ms
+        which = np.searchsorted([change.starts for change in changes[1:]], occurred_at, "right")
+        return np.array([change.length_ms for change in changes])[which]
+
     def _decide_scanned(self, scanned: Scanned) -> None:
         records, odd = scanned.records, scanned.odd
         count = len(records)
@@ -201,6 +211,7 @@ class BatchMeter(Meter):
         # A copy of an id in a closed slice, within the horizon or not, is for the plain meter.
         older = self._index.may_be_older(self._work.hashes[:count, IDENTITY_LOW])
         records[older, ORDINARY] = 0
+        self._one_length(records)
         self._index.make_room(count, self._appended_at)
         rows = self._encoded.lend(count, len(scanned.data))
         self._bound_sums()
@@ -210,6 +221,17 @@ class BatchMeter(Meter):
             while (first := first + 1) in odd:
                 reads.append(odd[first])  # a flood of poison is taken at one go
             self._decide(reads)
+
+    def _one_length(self, records: Any) -> None:
+        """The kernel knows one length: windows of another than most events' are for the plain meter.
+
+        Around a change, and for late events from before one; the others cost one comparison.
+        """
+        if len(self._lengths.changes) > 1:
+            lengths = self._lengths_at(records[:, OCCURRED])
+            known, counts = np.unique(lengths, return_counts=True)
+            self._length = int(known[counts.argmax()])
+            records[lengths != self._length, ORDINARY] = 0
 
     def _fold_scanned(self, scanned: Scanned, first: int, rows: tuple[Any, ...]) -> int:
         """Run the kernel up to a record that is for the plain meter; which one, or the count."""
@@ -295,7 +317,7 @@ class BatchMeter(Meter):
         if self._largest_sum != UNKNOWN:
             self._largest_sum += abs(event.credits_micro)
         if self._widest != UNKNOWN:
-            start = window_start_of(event.occurred_at, self._length)
+            start = self._lengths.start_of(event.occurred_at)
             self._widest = max(self._widest, len(self.windows[start, event.client_id].skus))
 
     # -- flush

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from meterline.domain.events import UsageEvent
 from meterline.domain.reasons import Reason
+from meterline.domain.window_lengths import WindowLengths
 from meterline.errors import DeadLetterError
 from meterline.metering.fast.batch_meter import BatchMeter
 from meterline.metering.fast.index import ArrayIndex
@@ -31,7 +32,8 @@ def make_meter(
 def warm_up() -> None:
     """Compile every kernel, or load what an earlier process compiled: seconds, or half of one."""
     settings = MeteringSettings()  # type: ignore[call-arg]  # defaults stand in Field()
-    meter = make_meter(0, settings, _refuse, Meta("", "", -1, 0, 0, 1_000), lambda: [b"\xc3\x01"])
+    meta = Meta("", "", -1, 0, 0, WindowLengths.of(1_000))
+    meter = make_meter(0, settings, _refuse, meta, lambda: [b"\xc3\x01"])
     # One ordinary record and one poison: every kernel runs.
     records = b"".join(_record(number, value) for number, value in enumerate((_EVENT, b"")))
     meter.take(BatchedRecords([RawBatch("", 0, 0, 1, 2, 1, 1, records)]))
