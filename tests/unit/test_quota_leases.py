@@ -262,7 +262,7 @@ def test_after_its_deadline_a_lease_decides_nothing(monkeypatch):
             patch.setattr(lease_module, "now_s", lambda: real() + 3_600)
 
             assert lease.take("late", M, 60.0) is None
-            assert lease.take_many(["late"], [M], 60.0) == {"late": None}
+            assert lease.take_many(("late",), [M], 60.0) == {"late": None}
             with pytest.raises(Unreachable):
                 lease.renew(60.0)
         assert lease.take("in time", M, 60.0) is not None
@@ -472,7 +472,7 @@ def test_a_bulk_settle_leaves_what_another_lease_holds():
         buckets._reservations.stand("theirs", theirs)
 
         columns = SettledColumns((TOPIC_ID, 0), (1, 2, 3), (M, M, M))
-        assert lease.settle_many(["theirs", "ours", "nobody's"], columns) == [0, 2]
+        assert lease.settle_many(("theirs", "ours", "nobody's"), columns) == [0, 2]
         assert buckets._reservations.entries.pop("theirs") == theirs
         assert (lease.decided, lease.unstated.micro) == (0, M)
 
@@ -488,3 +488,126 @@ def test_an_id_that_stands_again_takes_no_place_of_the_ended(monkeypatch):
     known.voided("b", CLIENT)
 
     assert known.client_of("b") == CLIENT
+
+
+ORDER = [f"t/{n}" for n in range(6)]
+WANTED = {rid: n + 2 for n, rid in enumerate(ORDER)}
+
+
+async def ends_by_itself(how, line, buckets, lease):
+    """What happens to one of a bulk call; what was settled of it, if it has ended (micro-credits)."""
+    match how:
+        case "void":
+            await buckets.void("t/1")
+            return {"t/1": 0}
+        case "settle":
+            await buckets.settle("t/1", [part(1, M)])
+            return {"t/1": M}
+        case "in part":
+            await buckets.settle("t/1", [part(1, M)], final=False)
+            await buckets.settle("t/1", [part(1, M), part(100, M)])
+            return {"t/1": 2 * M}
+        case "ask again":
+            assert await buckets.reserve_many(CLIENT, dict(list(WANTED.items())[:2])) == {}
+        case "renew":
+            await buckets.renew("t/1", 30)
+        case "lapse":
+            line.bucket.records[lease.reservation_id].state = "voided"
+            line.bucket.records[lease.reservation_id].hold = 0
+            lease.wake()
+            await until(lambda: CLIENT not in buckets._leases.active)
+            assert {type(buckets._reservations.entries[rid]) for rid in ORDER} == {Reservation}
+    return {}
+
+
+@pytest.mark.parametrize(
+    "named", [ORDER, ORDER[::-1], ORDER[:4], [*ORDER, "single"]], ids=["just so", "turned", "some", "more"]
+)
+@pytest.mark.parametrize("first", ["nothing", "void", "settle", "in part", "ask again", "renew", "lapse"])
+def test_what_a_bulk_call_reserved_is_settled_like_single_ones(named, first):
+    """All in one change or one by one, as made or after one of them had a fate of its own. One costs more
+    than was set aside for it."""
+
+    async def scenario(line, buckets):
+        lease = await heat(buckets)
+        await buckets.reserve(CLIENT, 9, reservation_id="single")
+        assert await buckets.reserve_many(CLIENT, WANTED) == {}
+        ended = await ends_by_itself(first, line, buckets, lease)
+        bulk = {rid: (part(n, 3 * M),) for n, rid in enumerate(named) if rid not in ended}
+        if first == "settle":  # once more, among the others
+            bulk = {rid: bulk.get(rid, (part(1, M),)) for rid in named}
+        await buckets.settle_many(CLIENT, bulk)
+        await buckets.settle_many(CLIENT, bulk)
+        ended = dict.fromkeys(bulk, 3 * M) | ended
+        await until(lambda: line.settled_micro() == sum(ended.values()))
+        whole = {**WANTED, "single": 9}
+        standing = sum(micro for rid, micro in whole.items() if rid not in ended) * M
+        assert first == "lapse" or lease.decided == standing
+
+        for rid, micro in whole.items():
+            if rid not in ended:
+                made = await buckets.reserve(CLIENT, micro, reservation_id=rid)
+                assert (made.credits_micro, made.done) == (micro * M, False)
+                with pytest.raises(ReservationConflict):
+                    await buckets.reserve(CLIENT, micro + 1, reservation_id=rid)
+                await buckets.void(rid)
+            if ended.get(rid):
+                assert (await buckets.reserve(CLIENT, micro, reservation_id=rid)).done
+            else:
+                with pytest.raises(ReservationLapsed):
+                    await buckets.reserve(CLIENT, micro, reservation_id=rid)
+
+    line = run(scenario)
+    assert line.bucket.reserved == 0
+
+
+def test_all_of_a_bulk_call_is_settled_by_one_change():
+    async def scenario(_line, buckets):
+        lease = await heat(buckets)
+        await until(lambda: lease._waker is not None)
+        free = lease.free
+        await buckets.reserve_many(CLIENT, dict.fromkeys(ORDER, 2))
+        (record,) = {id(buckets._reservations.entries[rid]) for rid in ORDER}
+        await buckets.settle_many(CLIENT, {rid: [part(n, n * M)] for n, rid in enumerate(ORDER)})
+
+        used = (0 + 1 + 2 + 2 + 2 + 2) * M  # what one costs beyond its own hold, is not taken from the lease
+        assert (lease.free, lease.decided, lease.unstated.micro) == (free - used, 0, used)
+        assert {id(buckets._reservations.entries[rid]) for rid in ORDER} == {record}
+
+    run(scenario)
+
+
+def test_the_oldest_that_ended_are_forgotten_those_that_stand_never(monkeypatch):
+    """In bulk or one by one: what is remembered has a limit, and so has the list of what ended."""
+    monkeypatch.setattr(reservations_module, "ENDED_MAX", 10)
+    known = Reservations()
+    lease = object()
+    source = (TOPIC_ID, 0)
+    standing = ("s/0", "s/1", "s/2")
+    assert known.hold_new(standing, [M] * 3, lease)
+    for number in range(60):
+        names = tuple(f"{number}/{n}" for n in range(4))
+        assert known.hold_new(names, [M] * 4, lease)
+        match number % 3:
+            case 0:
+                known.settled_bulk(known.bulk_of(lease, names), CLIENT, source, range(4))
+            case 1:
+                known.settled_bulk(known.bulk_of(lease, names), CLIENT, source, range(4))
+                known.settled(names[3], CLIENT)  # a repeated call
+            case _:
+                known.find(names[2])
+                known.settled_all(names, CLIENT, source, range(4))
+        ended = known.entries.keys() - set(standing)
+        assert ended >= set(names)
+        assert len(ended) == known._ended <= 10
+        assert len(known._over) <= 10
+    for _ in range(60):
+        known.stand("comes and goes", Held(lease, M))
+        known.voided("comes and goes", CLIENT)
+        assert len(known._over) <= 10
+    known.stand("comes and goes", Held(lease, M))
+    for number in range(60):
+        known.voided(f"another/{number}", CLIENT)
+    assert known.find("comes and goes") == Held(lease, M)
+
+    assert [known.find(name) for name in standing] == [Held(lease, M)] * 3

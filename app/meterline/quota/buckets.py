@@ -216,7 +216,7 @@ class CreditBuckets:
             InvalidReservation: what was given can never be accepted.
         """
         named = parts_checked(parts)
-        held = self._reservations.entries.get(reservation_id)
+        held = self._reservations.find(reservation_id)
         if isinstance(held, Held):
             held.lease.settle(reservation_id, held.left, named, final=final)
             return
@@ -233,7 +233,7 @@ class CreditBuckets:
         Raises:
             QuotaUnavailable: not recorded (or not known to be): it stays set aside until its time is up.
         """
-        held = self._reservations.entries.get(reservation_id)
+        held = self._reservations.find(reservation_id)
         if isinstance(held, Held):
             held.lease.void(reservation_id, held.left)
             return
@@ -251,7 +251,7 @@ class CreditBuckets:
             QuotaUnavailable: not prolonged (or not known to be).
         """
         ttl_ms = ttl_ms_of(ttl_s)
-        entry = self._reservations.entries.get(reservation_id)
+        entry = self._reservations.find(reservation_id)
         if isinstance(entry, Held):
             try:
                 entry.lease.renew(ttl_s)
@@ -327,7 +327,7 @@ class CreditBuckets:
         if left:
             micros = dict(zip(names, amounts, strict=True))
             await lease.refill()
-            more, left = _parted(lease.take_many(left, [micros[name] for name in left], ttl_s))
+            more, left = _parted(lease.take_many(tuple(left), [micros[name] for name in left], ttl_s))
             others |= more
             others |= await self._reserve_all_at_server(
                 client_id, left, [micros[name] for name in left], ttl_s
@@ -339,18 +339,19 @@ class CreditBuckets:
     ) -> None:
         """`settle` for many pieces of work of one client in one call: parts by reservation id.
 
-        Fastest with one part each, all of one source partition.
+        Fastest with one part each, all of one source partition, for the ids of one `reserve_many` in order.
 
         Raises:
             QuotaUnavailable: some were not recorded (or not known to be); the same call again is safe.
             InvalidReservation: one of them can never be accepted.
         """
         columns = settled_checked(settled)
-        names = list(settled)
+        names = tuple(settled)
+        rest: Sequence[str] = names
         lease = self._leases.active.get(client_id) if self._leases is not None else None
         if final and columns is not None and lease is not None:
-            names = [names[place] for place in lease.settle_many(names, columns)]
-        calls = [self.settle(name, settled[name], final=final, client_id=client_id) for name in names]
+            rest = [names[place] for place in lease.settle_many(names, columns)]
+        calls = [self.settle(name, settled[name], final=final, client_id=client_id) for name in rest]
         if not calls:
             return
         for result in await asyncio.gather(*calls, return_exceptions=True):
@@ -468,7 +469,7 @@ class CreditBuckets:
 
     def _require_own(self, client_id: str, reservation_id: str) -> None:
         """Ids are the bucket's, but settle and void name no client: one process uses an id for one client."""
-        known = self._reservations.entries.get(reservation_id)
+        known = self._reservations.find(reservation_id)
         if not isinstance(known, Reservation):
             id_checked("client_id", client_id)
             id_checked("reservation_id", reservation_id)

@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
+from operator import gt
 from typing import TYPE_CHECKING, Final
 
 from meterline import metrics
@@ -187,7 +188,7 @@ class Lease:
         )
 
     def take_many(
-        self, names: Sequence[str], amounts: Sequence[int], ttl_s: float
+        self, names: tuple[str, ...], amounts: Sequence[int], ttl_s: float
     ) -> dict[str, Outcome | None]:
         """`take` for many.
 
@@ -227,28 +228,37 @@ class Lease:
         except (ReservationConflict, ReservationLapsed) as error:
             return error
 
-    def settle_many(self, names: Sequence[str], columns: SettledColumns) -> Sequence[int]:
-        """`settle`, final, for many.
+    def settle_many(self, names: tuple[str, ...], columns: SettledColumns) -> Sequence[int]:
+        """`settle`, final, for many. Just those of one bulk call end as they were made, by whole columns.
 
         Returns:
             Which of them this lease doesn't hold as a whole, by their place.
         """
         reservations = self._reservations
-        holds, others = reservations.held_by(self, names)
         source, offsets, amounts = columns
-        if others:
-            own = sorted(set(range(len(names))).difference(others))
-            names = [names[place] for place in own]
-            offsets, amounts = [offsets[place] for place in own], [amounts[place] for place in own]
-            if not own:
-                return others
+        bulk = reservations.bulk_of(self, names)
+        if bulk is not None:
+            self._note_settled(bulk.amounts, columns)
+            reservations.settled_bulk(bulk, self.client_id, source, offsets)
+            return ()
+        held = reservations.held_by(self, names)
+        if held:
+            offsets, amounts = [offsets[place] for place in held], [amounts[place] for place in held]
+            self._note_settled(list(held.values()), SettledColumns(source, offsets, amounts))
+            reservations.settled_all([names[place] for place in held], self.client_id, source, offsets)
+        return [place for place in range(len(names)) if place not in held]
+
+    def _note_settled(self, holds: Sequence[int], settled: SettledColumns) -> None:
+        """The next statement names what was settled; what was held beyond it can be decided again."""
         self._state_soon()
-        decided, used = sum(holds), sum(map(min, holds, amounts))
-        self.unstated.add(source, max(offsets), sum(amounts), used)
+        source, offsets, amounts = settled
+        decided = sum(holds)
+        used = costs = sum(amounts)
+        if any(map(gt, amounts, holds)):
+            used = sum(map(min, holds, amounts))
+        self.unstated.add(source, max(offsets), costs, used)
         self.decided -= decided
         self.free += decided - used
-        reservations.settled_all(names, self.client_id, source, offsets)
-        return others
 
     def settle(self, reservation_id: str, micro: int, parts: Sequence[Part], *, final: bool) -> None:
         """Note settled parts of a reservation that has `micro` left; the next statement names them."""
