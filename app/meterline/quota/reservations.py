@@ -292,9 +292,11 @@ class Reservations:
             if isinstance(oldest, Bulk):
                 deque(map(self.entries.pop, oldest.names), maxlen=0)
                 self._ended -= len(oldest.names)
-            elif type(self.entries.get(oldest)) in OVER:
-                del self.entries[oldest]
-                self._ended -= 1
+            elif (entry := self.entries.pop(oldest, None)) is not None:
+                if type(entry) in OVER:
+                    self._ended -= 1
+                else:  # it stands again
+                    self.entries[oldest] = entry
 
     def _forget(self, reservation_id: str) -> None:
         if type(self.find(reservation_id)) in OVER:
