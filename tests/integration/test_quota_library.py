@@ -6,10 +6,12 @@ import asyncio
 import time
 
 import pytest
+from redis import Redis
 from tests.valkey import open_buckets, scripts_of, valkey
 
 from meterline.domain.clients import QuotaPolicy
 from meterline.errors import UserError
+from meterline.local.ports import HOST, free_ports
 from meterline.quota import CreditBuckets, QuotaUnavailable
 from meterline.quota.keys import SHARDS
 
@@ -113,6 +115,40 @@ def test_a_server_that_may_forget_credits_is_refused(tmp_path, options, wrong):
 
     with valkey(tmp_path, **options) as server:
         asyncio.run(scenario(server))
+
+
+def test_a_cluster_of_several_servers_is_refused_one_with_all_slots_is_not(tmp_path):
+    """The other servers' clients would not be found: each of their decisions would be an error."""
+
+    async def connect(server):
+        async with CreditBuckets.connect(server.url) as buckets:
+            with pytest.raises(QuotaUnavailable):  # nobody has opened them
+                await buckets.reserve("acme", 1, reservation_id="a/1")
+
+    def in_cluster(number):
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        return valkey(folder, cluster_enabled="yes", cluster_port=f"{free_ports(1)[0]}")
+
+    with in_cluster(1) as first, in_cluster(2) as second, Redis.from_url(first.url) as one:
+        one.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+        wait_until(lambda: one.cluster("INFO")["cluster_state"] == "ok")
+        asyncio.run(connect(first))
+        one.execute_command("CLUSTER DELSLOTSRANGE", 8192, 16383)
+        with Redis.from_url(second.url) as two:
+            two.execute_command("CLUSTER ADDSLOTSRANGE", 8192, 16383)
+            bus = int(second._options["cluster-port"])
+            one.execute_command("CLUSTER MEET", HOST, second.port, bus)
+        wait_until(lambda: one.cluster("INFO")["cluster_size"] == "2")
+        with pytest.raises(UserError, match=r"cluster of 2 servers[\s\S]*Use a Redis of one server"):
+            asyncio.run(connect(first))
+
+
+def wait_until(is_so):
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_wrong_address_and_a_wrong_password_are_said_at_once(tmp_path):

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.exceptions import AuthenticationError, AuthorizationError, RedisError
+from redis.exceptions import AuthenticationError, AuthorizationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from meterline.errors import UserError
@@ -75,7 +75,8 @@ class Server:
         """Whether credits can be kept there.
 
         Raises:
-            UserError: the password is refused, or the server can't keep credits safely.
+            UserError: the password is refused, the server can't keep credits safely, or it has only some of
+                them, as one of several in a cluster.
             Unreachable: it doesn't answer, or is not ready.
         """
         connection = self.new_connection()
@@ -83,6 +84,7 @@ class Server:
             async with asyncio.timeout(timeout_s):
                 await connection.connect()  # type: ignore[no-untyped-call]  # redis-py's
                 info = await _info(connection, "everything")
+                masters = await _masters(connection) if info.get("cluster_enabled") == "1" else 1
         except (AuthenticationError, AuthorizationError) as error:
             raise UserError(f"Redis refuses to let us in: {error}") from None
         except (RedisError, OSError, TimeoutError) as error:
@@ -93,6 +95,12 @@ class Server:
             # Until its file is read it says that it keeps none.
             raise Unreachable("Redis was started and is still loading")
         run_id_of(info)
+        if masters > 1:
+            raise UserError(
+                f"Redis is a cluster of {masters} servers that share the keys. `CreditBuckets` asks one of "
+                "them, and would not find the clients of the others. Use a Redis of one server for credits; "
+                "it may have replicas. Or a cluster where one server has all slots."
+            )
         if hidden := require_safe(info):
             log.warning(
                 "Redis does not tell whether it keeps credits safely; look yourself at %s", ", ".join(hidden)
@@ -119,6 +127,16 @@ def require_safe(info: Mapping[str, str]) -> list[str]:
             "bucket would be credits forgotten. Set `maxmemory-policy noeviction`."
         )
     return [name for name in ("aof_enabled", "maxmemory_policy") if name not in info]
+
+
+async def _masters(connection: AbstractConnection) -> int:
+    """How many servers of a cluster share its keys; 1 where it doesn't tell, as some managed ones."""
+    await connection.send_command("CLUSTER", "INFO", check_health=False)
+    try:
+        text: bytes = await connection.read_response(disable_decoding=True)
+    except ResponseError:
+        return 1
+    return int(info_fields(text.decode(errors="replace")).get("cluster_size", 1))
 
 
 async def _info(connection: AbstractConnection, section: str) -> dict[str, str]:
