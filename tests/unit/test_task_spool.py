@@ -265,6 +265,27 @@ def test_a_flipped_bit_is_never_read(tmp_path_factory, groups, data):
     assert kept.read_bytes() in bytes(content)
 
 
+def test_of_torn_writes_the_newest_are_kept(slot, caplog):
+    """A process that is killed again and again fills no disk with them, and what is removed is said."""
+    lives = segments_module.TORN_MAX + 3
+    torn = []
+    for life in range(lives + 1):
+        spool = started(slot)
+        torn += set(slot.glob("*.torn")) - set(torn)
+        keep(spool, [b"whole"], [b"torn %d" % life])
+        end = left(spool)[-1].end
+        crash(spool)
+        with segment_path(slot, end.segment).open("r+b") as file:
+            file.seek(end.offset - 1)
+            file.write(b"?")
+
+    assert len(torn) == lives
+    assert sorted(slot.glob("*.torn")) == torn[3:]
+    removed = [one.getMessage() for one in caplog.records if one.getMessage().startswith("removed")]
+    assert [message.split(":")[0] for message in removed] == [f"removed {path}" for path in torn[:3]]
+    assert [frame.records for frame in left(Spool(slot, MIB))] == [[b"whole"]] * (lives + 1)
+
+
 def test_corruption_names_file_and_offset(slot):
     """So that a person finds the place."""
     path, ends = written(slot, [[b"a"], [b"b"], [b"c"]])

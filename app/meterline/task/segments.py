@@ -2,7 +2,7 @@
 
 00000000000000000007.segment   frames; the first one says which segment came before, and where it ended
 drained                        "segment offset checksum": everything before it is in Kafka
-00000000000000000007.torn      what was cut from a segment's end, for a person to look at
+00000000000000000007.torn      what was cut from a segment's end, for a person to look at; the newest are kept
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ SUFFIX = ".segment"
 MARKER = "drained"
 DIGITS = 20
 """Names sort as numbers, up to the largest of 64 bits."""
+TORN = ".torn"
+TORN_MAX = 16
+"""Kept in a slot. One is as large as a write that a crash broke off, mostly below 1 MiB; a person looks at
+them after a crash, and a process that crashes more often has told so each time."""
 
 log = logging.getLogger("meterline.task")
 
@@ -252,11 +256,14 @@ def _keep_torn(path: Path, tail: bytes, offset: int) -> None:
     """
     if not tail:
         return
-    kept = path.with_suffix(".torn")
+    kept = path.with_suffix(TORN)
     with kept.open("wb") as file:
         file.write(tail)
         os.fsync(file.fileno())
     log.warning("cut a torn write from %s at byte %d; it is kept in %s", path, offset, kept)
+    for oldest in sorted(path.parent.glob(f"*{TORN}"))[:-TORN_MAX]:
+        oldest.unlink()
+        log.warning("removed %s: the newest %d torn writes of a slot are kept", oldest, TORN_MAX)
 
 
 def _checksum(text: str) -> str:
