@@ -638,8 +638,8 @@ MUTANTS = [
     ),
     Mutant(
         name="lost-state-from-fewer-rows",
-        removes="a lost state is made of less than the totals that were published: a row that is lost with it "
-        "is never billed",
+        removes="a lost state is made of less than the totals that were published: a row that is lost with "
+        "it is never billed",
         edits=[
             Edit(
                 REPAIR_STATE,
@@ -659,8 +659,8 @@ MUTANTS = [
     ),
     Mutant(
         name="any-rows-are-inserted",
-        removes="rows that are decided again go in, whether or not the ledger is right then: a copy stands for "
-        "its lost first, and with it",
+        removes="rows that are decided again go in, whether or not the ledger is right then: a copy for its "
+        "lost first, and later both",
         edits=[
             Edit(REPAIR_LEDGER, "    _require_equal(tools, evidence, meta, plan)\n    return", "    return")
         ],
@@ -690,8 +690,8 @@ MUTANTS = [
     ),
     Mutant(
         name="twins-taken-back-again",
-        removes="an audit doesn't look whether a copy was taken back: beyond the horizon of its correction it "
-        "is, once more",
+        removes="an audit doesn't look whether a copy was taken back: beyond the horizon of its correction "
+        "it is, once more",
         edits=[
             Edit(
                 TWINS,

@@ -293,10 +293,10 @@ def test_twins_are_taken_back_once_however_often_they_are_looked_for():
     world.work(slice_length=100)
     assert world.books()[0]["acme"] == 3_000
 
-    for _ in range(3):
+    for looks in range(1, 4):
         world.audit()
         for _ in range(horizon):
             world.append("other", 1)
         world.work(slice_length=100)
 
-    assert world.books() == [{"acme": 1_000, "other": 6 * horizon}] * 3
+        assert world.books() == [{"acme": 1_000, "other": (3 + looks) * horizon}] * 3
