@@ -55,7 +55,7 @@ class World:
 
     def __init__(self):
         self.now = START
-        self.topic_id, self.log, self.accepted = "topic", [], {}
+        self.topic_id, self.log, self.log_start, self.accepted = "topic", [], 0, {}
         self.fates = Counter()
         self.changelog, self.rows = {}, {}
         self.windows, self.totals, self.too_early = {}, {}, []
@@ -207,7 +207,7 @@ class World:
         )
 
     def range(self):
-        return LogRange("cluster", "usage.events", self.topic_id, 0, 0, len(self.log))
+        return LogRange("cluster", "usage.events", self.topic_id, 0, self.log_start, len(self.log))
 
     async def _work(self, slice_length, rests):
         owner = MeteringOwner(0, self.tools())

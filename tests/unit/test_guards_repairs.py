@@ -20,7 +20,7 @@ from meterline.metering import repair_ledger
 from meterline.metering.repair_evidence import Evidence, RepairTools, Statements
 from meterline.metering.repair_ledger import insert_missing, plan_ledger
 from meterline.metering.repair_state import plan_state
-from meterline.metering.state import aggregate_key, aggregate_value, parse_aggregate_key
+from meterline.metering.state import Meta, aggregate_key, aggregate_value, meta_key, parse_aggregate_key
 
 
 class MendedWorld(World):
@@ -104,10 +104,10 @@ class MendedWorld(World):
         asker = SimpleNamespace(ask=lambda question, *args: getattr(self, question.__name__)(*args))
         return RepairTools(kafka, self.options, asker, 1)
 
-    def repair_state(self):
+    def repair_state(self, gap=None):
         """`meterline repair state`; whether it was done."""
         try:
-            plan = plan_state(self.repair_tools(), self.evidence(), None)
+            plan = plan_state(self.repair_tools(), self.evidence(), gap)
         except PartitionHalted:
             return False
         for key, value in plan.changelog if plan is not None else ():
@@ -252,6 +252,32 @@ def test_a_range_is_decided_with_what_the_ledger_has_below_it(world):
     world.work()
 
     assert world.books() == [world.owed()] * 3
+
+
+def test_what_retention_took_is_accepted_by_a_person_and_nothing_else_is_lost(world):
+    """Records that nobody counted are gone: none is passed by in silence. With the exact gap accepted every
+    other credit is charged, once, and the gap is in the counters.
+    """
+    world.append_some()
+    world.work()
+    applied = len(world.log) - 1
+    for _ in range(6):
+        world.append("acme", 50)
+    world.log_start = applied + 4
+    before = world.books()
+
+    world.work()
+
+    assert world.books() == before
+    assert f"offsets {applied + 1}..{applied + 3} are gone" in world.halted
+    for wrong in (None, (applied + 1, applied + 2), (applied, applied + 3)):
+        assert not world.repair_state(wrong)
+    assert world.repair_state((applied + 1, applied + 3))
+    world.work()
+    for gone in range(applied + 1, applied + 4):
+        del world.accepted[gone]
+    assert world.books() == [world.owed()] * 3
+    assert Meta.from_bytes(world.changelog[meta_key(0)]).counters.unknown == 3
 
 
 # -- twins
