@@ -21,7 +21,7 @@ from meterline.errors import WorkerMustExit
 from meterline.ledger.client import LedgerNotMigrated, connect
 from meterline.ledger.migrate import MIGRATIONS_DIR, apply_migrations, list_migrations
 from meterline.ledger.queries import dedupe_rows, kept_windows, partition_offsets, window_sums
-from meterline.ledger.repair_queries import state_windows
+from meterline.ledger.repair_queries import state_windows, told_windows
 from meterline.ledger.tables import EVENTS, USAGE_RECORD_LOG, WINDOW_SNAPSHOTS
 from meterline.ledger.writer import LedgerWriter
 from meterline.local.ports import Ports
@@ -239,6 +239,18 @@ def test_windows_of_several_lengths_are_added_up_each_in_its_own(client, ledger,
     windows = state_windows(client, "topic", 0, 8, lengths, 0)
     assert {start: window.skus for (start, _), window in windows.items()} == {
         start: {"gpu": total} for start, total in sums.items()
+    }
+
+
+def test_told_windows_are_the_newest_snapshots(client, ledger, settled):
+    """Of one partition and a span of windows: with all four sums of each SKU."""
+    newest = snapshot(NOON, 20, {"gpu": 7, "cpu": 1}, free_counts=[3, 0], free_credits_micro=[9, 0])
+    others = snapshot(NOON + HOUR_MS, 25, {"gpu": 2}), snapshot(NOON, 30, {"gpu": 5}, partition=1)
+    insert(ledger, WINDOW_SNAPSHOTS, [snapshot(NOON, 10, {"gpu": 5}), newest, *others])
+    settled()
+
+    assert told_windows(client, "topic", 0, NOON - HOUR_MS, NOON) == {
+        (NOON, "acme"): (20, {"gpu": SkuTotal(1, 7, 3, 9), "cpu": SkuTotal(1, 1)})
     }
 
 

@@ -45,6 +45,11 @@ STACK_LIMIT_S = 400.0
 
 FLOOD_STOPS = f"{GUARDS}::test_a_flood_of_dead_letters_stops_before_it_is_sent"
 FLOOD_RESTARTS = f"{GUARDS}::test_restarts_do_not_drain_the_flood_little_by_little"
+REPAIR_STATE = "app/meterline/metering/repair_state.py"
+REPAIR_LEDGER = "app/meterline/metering/repair_ledger.py"
+TWINS = "app/meterline/domain/twins.py"
+REPAIRS = "tests/unit/test_guards_repairs.py"
+REPAIRED_BOOKS = r"world\.books\(\) =="
 WHOLE_WINDOW = (
     "tests/property/test_meter.py::test_limits_are_those_of_the_whole_window_whatever_memory_has_forgotten"
 )
@@ -617,5 +622,104 @@ MUTANTS = [
         edits=[Edit(CHECKS, "    if not different:\n", "    if True:\n")],
         tests=["tests/unit/test_metering_state.py::test_a_window_that_differs_halts_with_both_amounts"],
         speaks_of=r"PartitionHalted",
+    ),
+    Mutant(
+        name="state-from-fewer-rows",
+        removes="a state is made of fewer rows than were accepted: usage counted a moment ago is forgotten",
+        edits=[
+            Edit(
+                REPAIR_STATE,
+                "    _require_counted_rows(tools, log, meta)\n    require_whole_ledger(tools, evidence)\n",
+                "    require_whole_ledger(tools, evidence)\n",
+            )
+        ],
+        tests=[REPAIRS],
+        speaks_of=REPAIRED_BOOKS,
+    ),
+    Mutant(
+        name="lost-state-from-fewer-rows",
+        removes="a lost state is made of less than the totals that were published: a row that is lost with "
+        "it is never billed",
+        edits=[
+            Edit(
+                REPAIR_STATE,
+                "    require_whole_ledger(tools, evidence)\n    first = min(",
+                "    first = min(",
+            )
+        ],
+        tests=[REPAIRS],
+        speaks_of=REPAIRED_BOOKS,
+    ),
+    Mutant(
+        name="wrong-windows-stay",
+        removes="after a wrong state its windows count as published: the bill stays wrong",
+        edits=[Edit(REPAIR_STATE, "keep_published=agrees)", "keep_published=True)")],
+        tests=[REPAIRS],
+        speaks_of=REPAIRED_BOOKS,
+    ),
+    Mutant(
+        name="any-rows-are-inserted",
+        removes="rows that are decided again go in, whether or not the ledger is right then: a copy for its "
+        "lost first, and later both",
+        edits=[
+            Edit(REPAIR_LEDGER, "    _require_equal(tools, evidence, meta, plan)\n    return", "    return")
+        ],
+        tests=[REPAIRS],
+        speaks_of=REPAIRED_BOOKS,
+    ),
+    Mutant(
+        name="rows-in-forgotten-windows",
+        removes="the missing rows are compared with no window that the state has forgotten: a copy takes the "
+        "place of its lost first, in a window that was billed without it",
+        edits=[Edit(REPAIR_LEDGER, "    _require_told_windows(tools, plan)\n\n\ndef", "\n\ndef")],
+        tests=[REPAIRS],
+        speaks_of=r"world\.accepted|world\.books",
+    ),
+    Mutant(
+        name="range-without-what-is-below",
+        removes="a range is decided as if nothing was before it: the copies in it are missing rows",
+        edits=[
+            Edit(
+                REPAIR_LEDGER,
+                "    seen.add_all(*tools.ledger.ask(queries.dedupe_rows, *before, since))\n",
+                "",
+            )
+        ],
+        tests=[REPAIRS],
+        speaks_of=REPAIRED_BOOKS,
+    ),
+    Mutant(
+        name="twins-taken-back-again",
+        removes="an audit doesn't look whether a copy was taken back: beyond the horizon of its correction "
+        "it is, once more",
+        edits=[
+            Edit(
+                TWINS,
+                "(verdict.reversed_before if copy.is_corrected else verdict.twins).append(copy)",
+                "verdict.twins.append(copy)",
+            )
+        ],
+        tests=[REPAIRS],
+        speaks_of=REPAIRED_BOOKS,
+    ),
+    Mutant(
+        name="one-correction-for-all-copies",
+        removes="the correction is named by the event, not by the copy: of three copies two stay billed",
+        edits=[
+            Edit(
+                TWINS,
+                "event_id=twin_correction_id(copy.topic_id, copy.partition, copy.offset)",
+                "event_id=twin_correction_id(copy.topic_id, copy.partition, 0)",
+            )
+        ],
+        tests=[REPAIRS],
+        speaks_of=REPAIRED_BOOKS,
+    ),
+    Mutant(
+        name="conflicts-taken-back",
+        removes="the audit takes back any later copy, also one with another payload: usage nobody has judged",
+        edits=[Edit(TWINS, "        if copy.payload_digest in payloads:\n", "        if payloads:\n")],
+        tests=["tests/unit/test_twins.py"],
+        speaks_of=r"sum\(payloads\) == left",
     ),
 ]

@@ -143,6 +143,10 @@ class Books:
                 before = self.meta(partition)
                 after = Meta.from_bytes(record.value)
                 assert before is None or before.applied_offset <= after.applied_offset
+                model = self._traffic.models[partition]
+                lengths = [(change.starts, change.length_ms) for change in after.lengths.changes]
+                if lengths != model.lengths:
+                    model.lengthen(lengths, -1 if before is None else before.applied_offset)
             if record.value is None:
                 state.pop(record.key, None)
             else:

@@ -6,6 +6,8 @@ credits everywhere.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from tests.simulation.books import CHANGELOG, Books
@@ -36,6 +38,7 @@ charges = st.sampled_from(
     ]
 )
 drafts = st.tuples(st.integers(0, 9), charges, lags)
+LENGTHS_SET_MAX = 8
 pauses = st.sampled_from([0, 0.001, 0.003, 0.02, 0.26, 0.6])
 """Before what happens next: shorter than a message, a flush, an interval of flushes."""
 settings_of_worlds = st.sampled_from(
@@ -52,7 +55,7 @@ class MeteringHistories(RuleBasedStateMachine):
     """One machine of two workers, a log of two partitions, and a ledger."""
 
     world = None
-    steps_taken = 0
+    steps_taken = lengths_set = 0
 
     @initialize(seed=st.integers(0, 2**16), settings=settings_of_worlds, first=st.sampled_from([0, 5]))
     def begin(self, seed, settings, first):
@@ -120,9 +123,9 @@ class MeteringHistories(RuleBasedStateMachine):
         """Long enough for wall time to close windows, and for a session to end."""
         self.world.advance(3.2)
 
-    @rule(ms=st.sampled_from([LENGTH_MS, 5_000, HORIZON_MS, HORIZON_MS + 1_000]))
+    @rule(ms=st.sampled_from([LENGTH_MS, 5_000, HORIZON_MS, HORIZON_MS + 1_000, FIVE_MINUTES_MS + 6_000]))
     def jump(self, ms):
-        """All clocks; so the horizon passes without hours of simulated idling."""
+        """All clocks; so the horizon passes, and an edge where windows change, without hours of idling."""
         self.world.jump(ms)
 
     # -- processes
@@ -171,6 +174,16 @@ class MeteringHistories(RuleBasedStateMachine):
     def drop_chunk(self, name, pause):
         self.world.workers[name].drop_chunk()
         self.world.advance(pause)
+
+    @rule(name=names, length_ms=st.sampled_from([LENGTH_MS, 2 * LENGTH_MS, 3 * LENGTH_MS]))
+    def set_length(self, name, length_ms):
+        """A worker has it from its next start on; the other one keeps what it has."""
+        if self.lengths_set < LENGTHS_SET_MAX:
+            self.lengths_set += 1
+            # No two of them from the same time on: that would rightly halt.
+            since = datetime.fromtimestamp(self.world.wall_ms() / 1000 + self.lengths_set, UTC)
+            changed = {"window_length_ms": length_ms, "window_length_since": since}
+            self.world.settings_of[name] = self.world.settings.model_copy(update=changed)
 
     # -- servers
 

@@ -6,6 +6,7 @@ Shares no code with what it judges: what was published is remembered as plain va
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 from typing import NamedTuple
 
 FIVE_MINUTES_MS = 300_000
@@ -40,7 +41,8 @@ class PartitionModel:
     """The fates of one partition's records, each judged by those before it."""
 
     def __init__(self, length_ms, horizon_ms):
-        self._lengths, self._horizon_ms = [(0, length_ms)], horizon_ms
+        self.lengths, self._horizon_ms = [(0, length_ms)], horizon_ms
+        """From which event time on windows are how long, oldest first."""
         self.published = []
         self.also_refused = lambda _published: None
         """The reason of a rule that a newer version brings, if it refuses this."""
@@ -50,9 +52,20 @@ class PartitionModel:
         self._copies = {}
         self._newest = 0
 
-    def lengthen(self, since, length_ms):
-        """Windows have another length from an event time on, before any event of then is judged."""
-        self._lengths.append((since, length_ms))
+    def _window_of(self, usage):
+        _, length_ms = max(length for length in self.lengths if length[0] <= usage.occurred_at)
+        return usage.occurred_at - usage.occurred_at % length_ms, usage.client
+
+    def lengthen(self, lengths, applied):
+        """Windows have other lengths, but none that holds an event up to the applied offset."""
+        for (_, before), (starts, after) in pairwise(lengths):
+            assert starts % before == starts % after == 0, "windows overlap"
+        held = {o: self._window_of(p.usage) for o, p in self.accepted.items() if o <= applied}
+        self.lengths = lengths
+        assert held == {offset: self._window_of(self.accepted[offset].usage) for offset in held}
+        self.by_window.clear()
+        for published in self.accepted.values():
+            self.by_window[self._window_of(published.usage)].append(published)
 
     def judge(self, published):
         """The next record, in the order of offsets."""
@@ -63,9 +76,7 @@ class PartitionModel:
             usage = published.usage
             self.accepted[published.offset] = published
             self._copies[usage.client, usage.event_id] = published
-            _, length_ms = max(length for length in self._lengths if length[0] <= usage.occurred_at)
-            start = usage.occurred_at - usage.occurred_at % length_ms
-            self.by_window[start, usage.client].append(published)
+            self.by_window[self._window_of(usage)].append(published)
             self.by_client[usage.client].append(published)
         elif fate == "duplicate":
             self.duplicates.add(published.offset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.simulation.group import SESSION_S
 from tests.simulation.histories import METERING_STEPS
 from tests.simulation.scenes import scene
 from tests.simulation.worker import LIMITS
@@ -164,6 +165,30 @@ def test_a_commit_of_unknown_outcome_is_found_out_by_the_next_owner(told, side):
     told.until(lambda: owner.ended)
 
     assert told.credits_at_rest() == {"acme": 1_000}
+
+
+def test_a_worker_joins_while_the_ledger_is_away_for_ten_minutes(told):
+    """Nobody waits for the ledger in a rebalance: it ends in a few seconds and no other one follows; what
+    came meanwhile is charged once.
+    """
+    told.publish("first", 1_000)
+    told.until(lambda: told.counted() == (1, 0, 0))
+    joining = told.other(told.owner()).name
+    told.world.kill(joining, None)
+    told.until(lambda: joining not in told.world.group.members)
+    told.world.ledger.is_away = True
+    told.publish("second", 200)
+    told.advance()
+    told.world.restart(joining)
+    told.until(lambda: len(told.world.group.assigned) == 2, SESSION_S)
+    for number in range(10):
+        for _ in range(2):
+            told.publish(f"meanwhile {number}", 10, partition=number % 2)
+        told.world.advance(60)
+        assert not told.world.group.is_rebalancing
+        assert len(told.world.group.assigned) == 2
+
+    assert told.credits_at_rest() == {"acme": 1_300}
 
 
 @pytest.mark.parametrize("step", METERING_STEPS)

@@ -161,7 +161,6 @@ def test_windows_of_another_length_begin_at_one_edge_whoever_owns_the_partition(
         assert change.starts % (2 * LENGTH_MS) == 0
         assert change.starts >= SINCE_MS
         assert change.starts > max(p.usage.occurred_at for p in told.traffic.models[0].published)
-        told.traffic.models[0].lengthen(change.starts, 2 * LENGTH_MS)
         told.publish("before", 20)
         told.world.jump(change.starts - told.world.wall_ms() - 500)
         for number in range(8):

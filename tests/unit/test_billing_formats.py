@@ -88,3 +88,15 @@ def test_units_that_the_meters_file_cannot_explain_halt():
     """Another unit under the same name would change what the credits are worth."""
     with pytest.raises(PartitionHalted, match="'acme' on meter 'credits' has 3 units"):
         read(former(["acme", "credits", 1, 0, 30 * DAY, 6_500_000, 3]))
+
+
+def test_a_newer_state_is_refused_whatever_else_is_in_it():
+    """META may have more fields, and there may be keys of other kinds: nothing of it can be known."""
+    changelog = former(["acme", "credits", 2, 0, 30 * DAY, 6_500_000, 6])
+    meta = ["topic", "local", 2, "digest", 41, 7, FORMAT_VERSION + 1, 0, "more", [1]]
+    changelog |= {key(b"M"): json.dumps(meta).encode(), key(b"?"): b"what is this"}
+
+    with pytest.raises(
+        PartitionHalted, match=f"format {FORMAT_VERSION + 1}.*Run the newer version here, too"
+    ):
+        BillingState.decode(0, changelog)

@@ -86,6 +86,7 @@ class Waiting:
 
 _META, _KEY, _ACCOUNT, _DAY, _RECORD = map(_values_of, (Meta, AccountKey, Account, Day, UsageRecord))
 _KEY_FIELDS = len(fields(AccountKey))
+_FORMAT_AT = [f.name for f in fields(Meta)].index("format_version")
 
 
 @dataclass(slots=True)
@@ -288,13 +289,14 @@ class BillingState:
                     f"the billing changelog of partition {partition} has {len(changelog)} keys and no META"
                 )
             return None
-        meta = Meta(*json.loads(meta_value))
-        if not 1 <= meta.format_version <= FORMAT_VERSION:
+        values = json.loads(meta_value)
+        # Before anything else is looked at: of what a newer version added nothing is known here.
+        if not 1 <= (version := values[_FORMAT_AT]) <= FORMAT_VERSION:
             raise PartitionHalted(
-                f"billing state of partition {partition} has format {meta.format_version}; this version "
-                f"reads up to {FORMAT_VERSION}: run the version that wrote it"
+                f"billing state of partition {partition} has format {version}; this version reads up to "
+                f"{FORMAT_VERSION}, and leaves the partition as it is. Run the newer version here, too"
             )
-        state = cls(partition, meta)
+        state = cls(partition, Meta(*values))
         for key, value in changelog.items():
             state._load(key[:1], key[5:], value)
         return state

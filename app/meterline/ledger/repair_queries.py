@@ -22,6 +22,7 @@ __all__ = [
     "published_windows",
     "row_summary",
     "state_windows",
+    "told_windows",
 ]
 
 _SKU_TOTALS = """
@@ -145,6 +146,35 @@ def state_windows(  # noqa: PLR0917 - six plain facts, in the order of queries.k
         window = windows.setdefault((start, client_id), StateWindow({}, last, cutoff))
         window.skus[sku] = SkuTotal(*totals)
     return windows
+
+
+def told_windows(
+    client: Client, topic_id: str, partition: int, first_start: int, last_start: int
+) -> dict[tuple[int, str], tuple[int, dict[str, SkuTotal]]]:
+    """What was published of windows, as far as billing has written it to the ledger.
+
+    Args:
+        first_start: of the windows that are asked for, start of the first one (ms), and of the last one.
+
+    Returns:
+        (window start in ms, client) -> cutoff of the newest snapshot, and its totals by SKU.
+    """
+    rows = _execute(
+        client,
+        """
+        SELECT toUnixTimestamp64Milli(window_start), client_id, cutoff_offset,
+               arrayZip(skus, counts, credits_micro, free_counts, free_credits_micro)
+        FROM windows
+        WHERE topic_id = %(topic_id)s AND `partition` = %(partition)s
+          AND window_start BETWEEN fromUnixTimestamp64Milli(%(first)s, 'UTC')
+                               AND fromUnixTimestamp64Milli(%(last)s, 'UTC')
+        """,
+        {"topic_id": topic_id, "partition": partition, "first": first_start, "last": last_start},
+    )
+    return {
+        (start, client_id): (cutoff, {sku: SkuTotal(*totals) for sku, *totals in skus})
+        for start, client_id, cutoff, skus in rows
+    }
 
 
 def event_offsets(client: Client, topic_id: str, partition: int, first: int, last: int) -> set[int]:

@@ -15,9 +15,10 @@ from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import is_progress_key, progress_from_record, total_from_record
 from meterline.contracts.topics import USAGE_EVENTS_DLQ, USAGE_TOTALS
 from meterline.domain.credits import format_credits
+from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SkuTotal
 from meterline.errors import PartitionHalted
-from meterline.ledger import queries
+from meterline.ledger import queries, repair_queries
 from meterline.ledger.client import Client
 from meterline.metering.checks import repair_command
 from meterline.settings import KafkaSettings, MeteringSettings
@@ -25,7 +26,15 @@ from meterline.streaming.changelog import read_changelog
 from meterline.streaming.committed import read_committed
 from meterline.streaming.owner import LogRange
 
-__all__ = ["Evidence", "RepairTools", "Statements", "different_totals", "refused", "require_whole_ledger"]
+__all__ = [
+    "Evidence",
+    "RepairTools",
+    "Statements",
+    "different_totals",
+    "lengths_that_were",
+    "refused",
+    "require_whole_ledger",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -129,6 +138,23 @@ def require_whole_ledger(tools: RepairTools, evidence: Evidence) -> None:
             f"the ledger is not what was published up to offset {said.published_until}: "
             f"{'; '.join(different)}. First: {repair_command('ledger', log.partition)}",
         )
+
+
+def lengths_that_were(tools: RepairTools, log: LogRange) -> WindowLengths:
+    """How long the windows must have been that were published; what was not can have any length.
+
+    Of those that billing has not written down yet nothing is known: they must be of one of these lengths.
+
+    Raises:
+        PartitionHalted: no change of the length explains them.
+    """
+    windows = tools.ledger.ask(repair_queries.published_windows, log.topic_id, log.partition)
+    if not windows:
+        return WindowLengths.of(tools.metering.window_length_ms, tools.metering.window_length_since_ms)
+    try:
+        return WindowLengths.from_windows(windows)
+    except ValueError as error:
+        raise refused(log, f"the windows in the ledger fit no lengths: {error}") from error
 
 
 def different_totals(expected: Mapping[str, SkuTotal], rows: Mapping[str, SkuTotal]) -> list[str]:

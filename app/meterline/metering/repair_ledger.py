@@ -18,13 +18,19 @@ from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_from_record
 from meterline.contracts.topics import USAGE_EVENTS
 from meterline.domain.window_lengths import WindowLengths
-from meterline.domain.windows import SkuTotal
+from meterline.domain.windows import SkuTotal, WindowRef
 from meterline.ledger import queries, repair_queries
 from meterline.ledger.tables import EVENT_COLUMNS, EVENTS
 from meterline.ledger.writer import LedgerWriter
 from meterline.metering.checks import check_windows, repair_command
 from meterline.metering.meter import Meter
-from meterline.metering.repair_evidence import Evidence, RepairTools, different_totals, refused
+from meterline.metering.repair_evidence import (
+    Evidence,
+    RepairTools,
+    different_totals,
+    lengths_that_were,
+    refused,
+)
 from meterline.metering.sliced_index import SlicedIndex
 from meterline.metering.slices import SliceFiles
 from meterline.metering.state import Counters, Meta, meta_key, parse_total_key, parse_total_value
@@ -62,6 +68,7 @@ class LedgerPlan:
         ranges: the first of their offsets, first and last of each run.
         totals: client -> what the missing rows add up to.
         windows: (window start in ms, client, SKU) -> the same.
+        last_offsets: (window start in ms, client) -> offset of the last missing row.
     """
 
     log: LogRange
@@ -74,6 +81,7 @@ class LedgerPlan:
     ranges: list[list[int]] = field(default_factory=list)
     totals: dict[str, SkuTotal] = field(default_factory=dict)
     windows: dict[tuple[int, str, str], SkuTotal] = field(default_factory=dict)
+    last_offsets: dict[tuple[int, str], int] = field(default_factory=dict)
 
     @property
     def credits_micro(self) -> int:
@@ -90,6 +98,7 @@ class LedgerPlan:
             self.ranges.append([offset, offset])
         client, start = row[_COLUMN["client_id"]], self.lengths.start_of(row[_COLUMN["occurred_at"]])
         key = (start, client, row[_COLUMN["sku"]])
+        self.last_offsets[start, client] = offset
         credits_micro, billable = row[_COLUMN["credits_micro"]], row[_COLUMN["billable"]]
         for sums in (
             self.totals.setdefault(client, SkuTotal()),
@@ -127,8 +136,7 @@ def plan_ledger(tools: RepairTools, evidence: Evidence, first: int | None, last:
             f"offsets {first}..{last} can't be read again: {counted_since}..{applied} were counted, and the "
             f"log holds {log.start_offset}..{log.end_offset - 1}",
         )
-    # Without a state no window is compared, and any length will do.
-    lengths = meta.lengths if meta is not None else WindowLengths.of(tools.metering.window_length_ms)
+    lengths = meta.lengths if meta is not None else lengths_that_were(tools, log)
     plan = LedgerPlan(log, first, last, applied, lengths)
     for rows in _missing_rows(tools, plan):
         for row in rows:
@@ -262,6 +270,7 @@ def _require_equal(tools: RepairTools, evidence: Evidence, meta: Meta | None, pl
         )
     if meta is not None:
         _require_equal_windows(tools, evidence, meta, plan)
+    _require_told_windows(tools, plan)
 
 
 def _require_equal_windows(tools: RepairTools, evidence: Evidence, meta: Meta, plan: LedgerPlan) -> None:
@@ -281,6 +290,43 @@ def _require_equal_windows(tools: RepairTools, evidence: Evidence, meta: Meta, p
         for key, missing in plan.windows.items():
             _add(sums.setdefault(key, SkuTotal()), missing)
         check_windows(kept, sums, meta, partition)
+
+
+def _require_told_windows(tools: RepairTools, plan: LedgerPlan) -> None:
+    """The windows that the rows fall into, as they were published, also where the state has forgotten them.
+
+    A copy whose first is lost, too, and not in the range, would be taken for it: the same credits, in another
+    window.
+
+    Raises:
+        PartitionHalted: one of them would not be what was published.
+    """
+    if not plan.missing:
+        return
+    log, starts = plan.log, [start for start, _ in plan.last_offsets]
+    where = (log.topic_id, log.partition)
+    told = tools.ledger.ask(repair_queries.told_windows, *where, min(starts), max(starts))
+    # Where a row is behind the newest snapshot that is known, the next one is verified by billing itself.
+    windows = [
+        (WindowRef(client, start, plan.lengths.end_of(start), *where), told[start, client][0])
+        for (start, client), last in plan.last_offsets.items()
+        if (start, client) in told and last <= told[start, client][0]
+    ]
+    sums = tools.ledger.ask(queries.window_sums, windows)
+    by_window = {(ref.start, ref.client_id): skus for (ref, _), skus in zip(windows, sums, strict=True)}
+    for (start, client, sku), missing in plan.windows.items():
+        if (skus := by_window.get((start, client))) is not None:
+            _add(skus.setdefault(sku, SkuTotal()), missing)
+    for (start, client), skus in sorted(by_window.items()):
+        cutoff, published = told[start, client]
+        if skus != published:
+            raise refused(
+                log,
+                f"with the {plan.missing} rows missing at offsets {plan.first}..{plan.last} the window "
+                f"{start} of client {client} would be {skus} up to offset {cutoff}, and {published} was "
+                "published. None is inserted. Another row, of before or behind the range, is missing in its "
+                "place: widen it, or restore the rows from a copy",
+            )
 
 
 def _add(sums: SkuTotal, more: SkuTotal) -> None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.topics import METERING_CHANGELOG, USAGE_EVENTS
 from meterline.domain.events import UsageEvent
-from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SkuTotal
 from meterline.errors import PartitionHalted, RetryLater
 from meterline.ledger import queries, repair_queries
@@ -27,6 +26,7 @@ from meterline.metering.repair_evidence import (
     Evidence,
     RepairTools,
     different_totals,
+    lengths_that_were,
     refused,
     require_whole_ledger,
 )
@@ -123,7 +123,7 @@ def _plan_lost(tools: RepairTools, evidence: Evidence, gap: Gap | None) -> State
         applied_offset=said.committed_until,
         appended_at=0,
         watermark=0,
-        lengths=_lengths_of_lost(tools, log),
+        lengths=lengths_that_were(tools, log),
         # What became of each offset is lost with the state; `_rebuilt` fills in what the ledger knows.
         counters=Counters(
             first_offset=first,
@@ -135,20 +135,6 @@ def _plan_lost(tools: RepairTools, evidence: Evidence, gap: Gap | None) -> State
     )
     applied = _applied_after(log, meta.applied_offset, gap)
     return _rebuilt(tools, evidence, meta, applied, "the changelog has no state", keep_published=True)
-
-
-def _lengths_of_lost(tools: RepairTools, log: LogRange) -> WindowLengths:
-    """How long the windows must have been that were published; what was not can have any length.
-
-    Of those that billing has not written down yet nothing is known: they must be of one of these lengths.
-    """
-    windows = tools.ledger.ask(repair_queries.published_windows, log.topic_id, log.partition)
-    if not windows:
-        return WindowLengths.of(tools.metering.window_length_ms, tools.metering.window_length_since_ms)
-    try:
-        return WindowLengths.from_windows(windows)
-    except ValueError as error:
-        raise refused(log, f"the windows in the ledger fit no lengths: {error}") from error
 
 
 def _plan_new_topic(tools: RepairTools, evidence: Evidence, meta: Meta, gap: Gap | None) -> StatePlan:

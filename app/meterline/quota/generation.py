@@ -62,7 +62,7 @@ class Generation:
         if record["format_version"] > FORMAT_VERSION:
             raise PartitionHalted(
                 f"the state of quota has format {record['format_version']}, this version of Meterline reads "
-                f"{FORMAT_VERSION}: run the newer version"
+                f"{FORMAT_VERSION}, and changes nothing. Run the newer version here, too"
             )
         return cls(**record)
 
