@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from meterline.metering.fast.jit import compiled
 
-__all__ = ["PADDING_BYTES", "clear", "copy", "is_ascii", "is_equal", "word_at", "words_hash"]
+__all__ = ["PADDING_BYTES", "clear", "copy", "is_ascii", "is_equal", "kernel_part", "word_at", "words_hash"]
 
 PADDING_BYTES = 8
 """So many bytes behind a text must be there to be read, whatever they are: its last word is read whole."""
@@ -27,7 +27,7 @@ SPREAD = WORD(0x9E3779B97F4A7C15)
 HIGHEST_BITS = WORD(0x8080808080808080)
 
 
-def _kernel_part(typed: Callable[..., Any]) -> Any:
+def kernel_part(typed: Callable[..., Any]) -> Any:
     """What numba calls an intrinsic: Any, because a kernel calls it with other arguments than numba does."""
     return intrinsic(typed)
 
@@ -37,7 +37,7 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -
     return cgutils.pointer_add(builder, held.data, at)
 
 
-@_kernel_part
+@kernel_part
 def word_at(_context: Any, data: Any, _at: Any) -> Any:
     """The eight bytes that begin there, as a little-endian number."""
 
@@ -51,7 +51,7 @@ def word_at(_context: Any, data: Any, _at: Any) -> Any:
     return types.uint64(data, types.intp), generate
 
 
-@_kernel_part
+@kernel_part
 def copy(_context: Any, out: Any, _at: Any, data: Any, _start: Any, _length: Any) -> Any:
     """Copy `length` bytes of one array into another one."""
 
@@ -65,7 +65,7 @@ def copy(_context: Any, out: Any, _at: Any, data: Any, _start: Any, _length: Any
     return types.void(out, types.intp, data, types.intp, types.intp), generate
 
 
-@_kernel_part
+@kernel_part
 def clear(_context: Any, out: Any, _at: Any, _length: Any) -> Any:
     """Set `length` bytes to zero."""
 
