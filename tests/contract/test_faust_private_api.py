@@ -16,7 +16,7 @@ from pathlib import Path
 import faust
 import mode
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, conn
 from aiokafka.consumer import fetcher
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.consumer.subscription_state import (
@@ -187,6 +187,12 @@ def test_aiokafkas_fetcher_is_built_after_the_isolation_level_is_set():
     """The consumer hands it on in start(), so that setting it after the constructor is in time."""
     assert "isolation_level=self._isolation_level" in inspect.getsource(AIOKafkaConsumer.start)
     assert "isolation_level=self._isolation_level" not in inspect.getsource(AIOKafkaConsumer.__init__)
+
+
+def test_aiokafkas_connections_take_their_limit_from_the_module():
+    """`read_whole_answers` sets it there; a name that is gone would be set without a word, and cost CPU."""
+    assert hasattr(conn, "READER_LIMIT")
+    assert "StreamReader(limit=READER_LIMIT" in inspect.getsource(conn.AIOKafkaConnection.connect)
 
 
 def test_the_consumers_bookkeeping_has_its_names():

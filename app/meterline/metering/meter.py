@@ -243,7 +243,7 @@ class Meter:
         windows = (
             (self._lengths.start_of(event.occurred_at), event.client_id)
             for _, event in reads
-            if isinstance(event, UsageEvent)
+            if isinstance(event, UsageEvent) and event.occurred_at < self.watermark  # or nothing has ended
         )
         if self._knows(window for window in windows if self._has_ended(window[0])):
             self._decide(reads)
@@ -352,7 +352,8 @@ class Meter:
         self._totals[event.client_id] = lifetime
         self._changed_totals.add(event.client_id)
         window.last_offset = offset
-        self._count_late(window, int(self._is_closed(start)))
+        is_late = event.occurred_at < self.watermark and self._is_closed(start)
+        self._count_late(window, int(is_late))
         self._changed[key].add(event.sku)
 
     def _open(self, start: int, client: str) -> OpenWindow:

@@ -73,6 +73,8 @@ class SliceFiles:
 
     def find(self, identity: int, oldest: int) -> int | None:
         """Payload digest of the copy that was appended at that time (ms) or later; None if there is none."""
+        if not self._slices:
+            return None
         low, high = identity & LOW_MASK, identity >> 64
         spread = low * SPREAD & LOW_MASK
         bits = 1 << (spread & 63) | 1 << (spread >> 6 & 63) | 1 << (spread >> 12 & 63)

@@ -25,7 +25,7 @@ from meterline.settings import KafkaSettings, Settings
 from meterline.streaming.batches import keep_batches_whole
 from meterline.streaming.broker_log import KafkaLog
 from meterline.streaming.chunks import RecordChunkSchema
-from meterline.streaming.consumer import ChunkTransport
+from meterline.streaming.consumer import ChunkTransport, read_whole_answers
 from meterline.streaming.engine import Engine, EngineLimits
 from meterline.streaming.fatal import die, remember_exits
 from meterline.streaming.log_ranges import topic_partition_counts
@@ -183,6 +183,7 @@ def build_app(plan: WorkerPlan, settings: Settings) -> WorkerApp:
         web_tables_enabled=False,  # they would show clients' data to anyone
         web_router_enabled=False,
     )
+    read_whole_answers()
     if plan.in_batches:
         keep_batches_whole(plan.source_topic)
     app.plan = plan

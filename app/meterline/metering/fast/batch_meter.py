@@ -128,6 +128,11 @@ class BatchMeter(Meter):
         super().adopt_totals(sums)
         self._largest_sum = UNKNOWN
 
+    def kept_totals(self) -> dict[tuple[int, str, str], SkuTotal]:
+        """What memory says every kept window adds up to."""
+        self._settle()
+        return super().kept_totals()
+
     def add_past(self, ref: WindowRef, past: Mapping[str, SkuTotal]) -> None:
         """Tell what the ledger holds of a window up to the applied offset."""
         self._largest_sum = self._widest = UNKNOWN  # before what waited for it is decided
@@ -140,11 +145,13 @@ class BatchMeter(Meter):
         if isinstance(records, BatchedRecords):
             self._take_batches(records)
         else:
+            self._settle()
             super().take(records)
 
     def _take_batches(self, chunk: BatchedRecords) -> None:
         scanned = self._scan(chunk)
         if scanned is None:
+            self._settle()
             super().take(chunk)  # and let it say what is wrong
             return
         if not len(scanned.records):
@@ -153,7 +160,7 @@ class BatchMeter(Meter):
         if self._knows(self._ended_windows(scanned)):
             self._decide_scanned(scanned)
         else:
-            self._waiting.append(partial(self._decide_scanned, scanned.kept()))
+            self._waiting.append(partial(self._decide_waiting, scanned.kept()))
 
     def _scan(self, chunk: BatchedRecords) -> Scanned | None:
         """Read each record by itself; None if the batches are not what their headers say."""
@@ -167,6 +174,7 @@ class BatchMeter(Meter):
             at = end
             count += batch.count
         if count > self._work.size:
+            self._settle()
             self._work = _Work(count)
         heads, heads_n = _heads_array(self._heads())
         clients = self._clients.lend(count, len(data))
@@ -190,6 +198,7 @@ class BatchMeter(Meter):
         numbers = np.flatnonzero((occurred_at >= 0) & (starts + lengths <= self.watermark))
         if not len(numbers):
             return
+        self._settle()  # which windows there are is asked next
         clients = self._clients.texts()
         codes = scanned.records[numbers, CLIENT_CODE].tolist()
         for number, start, code in zip(numbers.tolist(), starts[numbers].tolist(), codes, strict=True):
@@ -204,9 +213,19 @@ class BatchMeter(Meter):
         which = np.searchsorted([change.starts for change in changes[1:]], occurred_at, "right")
         return np.array([change.length_ms for change in changes])[which]
 
+    def _decide_waiting(self, scanned: Scanned) -> None:
+        self._decide_scanned(scanned)
+        self._settle()  # as long as the pasts are there
+
+    def _decide(self, reads: Sequence[Read]) -> None:
+        self._settle()
+        super()._decide(reads)
+
     def _decide_scanned(self, scanned: Scanned) -> None:
         records, odd = scanned.records, scanned.odd
         count = len(records)
+        if not self._work.has_room(count):
+            self._settle()
         hash_records(scanned.data, records, count, self._work.hashes, *self._scratch)
         # A copy of an id in a closed slice, within the horizon or not, is for the plain meter.
         older = self._index.may_be_older(self._work.hashes[:count, IDENTITY_LOW])
@@ -253,12 +272,17 @@ class BatchMeter(Meter):
         self._duplicates += counted[1]
         self._largest_sum += room - room_left
         self._index.taken = taken
-        self._settle()
         return int(stopped)
 
     def _settle(self) -> None:
-        """Bring the windows and totals up to what the kernel added: once for each that changed."""
+        """Bring the windows and totals up to what the kernel added: once for each that changed.
+
+        Before they are looked at or changed otherwise, so mostly once a flush. What is only shown
+        (`open_windows`, `oldest_unpublished`) doesn't know of what came since.
+        """
         groups, cells = self._work.changes()
+        if not groups:
+            return
         clients, skus = self._clients.texts(), self._skus.texts()
         touched = []
         for start, code, late, last_offset, _, count, credits_micro, free_count, free_credits_micro in groups:
@@ -299,6 +323,7 @@ class BatchMeter(Meter):
         back included. Exact now and then, and grown by what comes in between.
         """  # noqa: D205 - one sentence that needs two lines
         if self._largest_sum == UNKNOWN or self._largest_sum > INT64_MAX // 2:
+            self._settle()
             sums = [total for skus in self._skus_of_windows() for total in skus.values()]
             sums += [total.sums for total in self._totals.values()]
             self._largest_sum = max(
@@ -324,6 +349,7 @@ class BatchMeter(Meter):
 
     def build_flush(self, now_ms: int) -> Flush | None:
         """Decide what to write; None when there is nothing."""
+        self._settle()
         encoded = self._encoded
         block = None
         if len(encoded):
@@ -343,17 +369,22 @@ class _Work:
 
     def __init__(self, size: int) -> None:
         """For chunks of up to so many records."""
-        slots = 1 << max(2 * size, 1).bit_length()
+        room = 2 * size  # for what changed before, too
+        slots = 1 << max(2 * room, 1).bit_length()
         self.size = size
         self.records = np.empty((size, FIELDS), np.int64)
         self.hashes = np.empty((size, HASH_FIELDS), np.uint64)
         self.rules = np.zeros(RULE_FIELDS, np.int64)
         self.state = np.zeros(STATE_FIELDS, np.int64)
         self.group_table = np.full(slots, -1, np.int32)
-        self.groups = np.empty((size, GROUP_FIELDS), np.int64)
+        self.groups = np.empty((room, GROUP_FIELDS), np.int64)
         self.cell_table = np.full(slots, -1, np.int32)
-        self.cells = np.empty((size, CELL_FIELDS), np.int64)
+        self.cells = np.empty((room, CELL_FIELDS), np.int64)
         self.counts = np.zeros(2, np.int64)
+
+    def has_room(self, records: int) -> bool:
+        """Whether each of so many records may change a window and a SKU of its own."""
+        return int(self.counts.max()) + records <= len(self.cells)
 
     def changes(self) -> tuple[list[list[int]], list[list[int]]]:
         """The windows and SKUs that changed since the last call."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from meterline.metering.fast.hashing import DIGEST, IDENTITY_HIGH, IDENTITY_LOW
 from meterline.metering.fast.jit import compiled
-from meterline.metering.fast.memory import copy
+from meterline.metering.fast.memory import copy, prefetch
 from meterline.metering.fast.scan import (
     ATTRIBUTES,
     ATTRIBUTES_COUNT,
@@ -70,6 +70,10 @@ ROWS, EVENT_BYTES, CORRELATION_BYTES, KEY_BYTES, VALUE_BYTES, RESERVATION_BYTES,
 FILLED_FIELDS = 7
 
 SPREAD = np.uint64(0x9E3779B97F4A7C15)
+
+LOOK_AHEAD = 8
+"""Records ahead whose slot in the index is fetched: it is hardly ever near, and a record takes a fifth of the
+time that it needs to come."""
 
 
 @compiled
@@ -168,10 +172,13 @@ def fold_records(
 ) -> int:  # fmt: skip
     """Take in records from `first` on; the number of the one that is for the plain meter, or `count`."""
     length, grace = rules[WINDOW_LENGTH], rules[GRACE]
+    slots = np.uint64(index.shape[0] - 1)
     for i in range(first, count):
         row = records[i]
         if not row[ORDINARY]:
             return i
+        if i + LOOK_AHEAD < count:
+            prefetch(index, np.int64(hashes[i + LOOK_AHEAD, IDENTITY_LOW] & slots))
         appended_at = max(state[APPENDED_AT], row[TIMESTAMP])
         low, high, digest = hashes[i, IDENTITY_LOW], hashes[i, IDENTITY_HIGH], hashes[i, DIGEST]
         slot = slot_of(index, low, high)

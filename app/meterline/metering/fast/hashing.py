@@ -52,15 +52,14 @@ class Scratch:
         self.lengths = np.zeros((QUEUES, LANES), np.int64)
         self.records = np.zeros((QUEUES, LANES), np.int64)
         self.waiting = np.zeros(QUEUES, np.int64)
-        self.v = np.zeros(16 * LANES, np.uint64)
+        self.counted = np.zeros(LANES, np.uint64)
         self.h = np.zeros(8 * LANES, np.uint64)
-        self.m = np.zeros(16 * LANES, np.uint64)
 
     def arrays(self) -> tuple[Any, ...]:
         """In the order `hash_records` takes them."""
         return (
             self.bytes, self.bytes.view(np.uint64), self.lengths, self.records, self.waiting,
-            self.v, self.h, self.m,
+            self.counted, self.h,
         )  # fmt: skip
 
 
@@ -112,12 +111,12 @@ def _swap(word: Any) -> Any:
 
 @compiled
 def _run(
-    queue: int, hashes: Any, words: Any, lengths: Any, records: Any, waiting: Any, v: Any, h: Any, m: Any
+    queue: int, hashes: Any, words: Any, lengths: Any, records: Any, waiting: Any, counted: Any, h: Any
 ) -> None:  # fmt: skip
     """Hash what waits in one queue; lanes without a message hash what stood there before, unread."""
     kind, blocks = queue // BLOCKS_MAX, queue % BLOCKS_MAX + 1
     size = IDENTITY_BYTES if kind == IDENTITY else PAYLOAD_BYTES
-    digest_lanes(words[queue], lengths[queue], blocks, size, v, h, m)
+    digest_lanes(words[queue], lengths[queue], blocks, size, counted, h)
     for lane in range(waiting[queue]):
         record = records[queue, lane]
         first = _swap(h[lane])
@@ -133,7 +132,7 @@ def _run(
 @compiled
 def hash_records(
     data: Any, rows: Any, count: int, hashes: Any,
-    message: Any, words: Any, lengths: Any, records: Any, waiting: Any, v: Any, h: Any, m: Any,
+    message: Any, words: Any, lengths: Any, records: Any, waiting: Any, counted: Any, h: Any,
 ) -> None:  # fmt: skip
     """Fill `hashes` (uint64[records, HASH_FIELDS]) for the ordinary ones of the first `count` records."""
     for i in range(count):
@@ -173,7 +172,7 @@ def hash_records(
             records[queue, lane] = i
             waiting[queue] = lane + 1
             if lane + 1 == LANES:
-                _run(queue, hashes, words, lengths, records, waiting, v, h, m)
+                _run(queue, hashes, words, lengths, records, waiting, counted, h)
     for queue in range(QUEUES):
         if waiting[queue]:
-            _run(queue, hashes, words, lengths, records, waiting, v, h, m)
+            _run(queue, hashes, words, lengths, records, waiting, counted, h)

@@ -23,6 +23,7 @@ from meterline.metering.slices import LOW_MASK, SliceFiles
 __all__ = ["ArrayIndex"]
 
 SLOTS_MIN = 1 << 12
+SLOT_BYTES = 8 * ID_FIELDS
 LOAD_MAX = 2 / 3
 """Share of the slots that may be taken: beyond, a search passes too many others."""
 
@@ -103,7 +104,10 @@ class ArrayIndex:
 
 
 def _empty(slots: int) -> Any:
-    index = np.empty((slots, ID_FIELDS), np.uint64)
+    """Free slots. None lies across two lines of the cache: every search would wait for both."""
+    memory = np.empty(slots * SLOT_BYTES + SLOT_BYTES, np.uint8)
+    first = -memory.ctypes.data % SLOT_BYTES
+    index = memory[first : first + slots * SLOT_BYTES].view(np.uint64).reshape(slots, ID_FIELDS)
     index[:, ID_TIME] = NO_TIME
     return index
 

@@ -17,7 +17,17 @@ from numba.extending import intrinsic
 
 from meterline.metering.fast.jit import compiled
 
-__all__ = ["PADDING_BYTES", "clear", "copy", "is_ascii", "is_equal", "word_at", "words_hash"]
+__all__ = [
+    "PADDING_BYTES",
+    "clear",
+    "copy",
+    "is_ascii",
+    "is_equal",
+    "kernel_part",
+    "prefetch",
+    "word_at",
+    "words_hash",
+]
 
 PADDING_BYTES = 8
 """So many bytes behind a text must be there to be read, whatever they are: its last word is read whole."""
@@ -27,7 +37,7 @@ SPREAD = WORD(0x9E3779B97F4A7C15)
 HIGHEST_BITS = WORD(0x8080808080808080)
 
 
-def _kernel_part(typed: Callable[..., Any]) -> Any:
+def kernel_part(typed: Callable[..., Any]) -> Any:
     """What numba calls an intrinsic: Any, because a kernel calls it with other arguments than numba does."""
     return intrinsic(typed)
 
@@ -37,7 +47,7 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -
     return cgutils.pointer_add(builder, held.data, at)
 
 
-@_kernel_part
+@kernel_part
 def word_at(_context: Any, data: Any, _at: Any) -> Any:
     """The eight bytes that begin there, as a little-endian number."""
 
@@ -51,7 +61,7 @@ def word_at(_context: Any, data: Any, _at: Any) -> Any:
     return types.uint64(data, types.intp), generate
 
 
-@_kernel_part
+@kernel_part
 def copy(_context: Any, out: Any, _at: Any, data: Any, _start: Any, _length: Any) -> Any:
     """Copy `length` bytes of one array into another one."""
 
@@ -65,7 +75,7 @@ def copy(_context: Any, out: Any, _at: Any, data: Any, _start: Any, _length: Any
     return types.void(out, types.intp, data, types.intp, types.intp), generate
 
 
-@_kernel_part
+@kernel_part
 def clear(_context: Any, out: Any, _at: Any, _length: Any) -> Any:
     """Set `length` bytes to zero."""
 
@@ -76,6 +86,23 @@ def clear(_context: Any, out: Any, _at: Any, _length: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(out, types.intp, types.intp), generate
+
+
+@kernel_part
+def prefetch(_context: Any, table: Any, _row: Any) -> Any:
+    """Have a row of a table brought near: it is read soon, and waited for no longer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        held = context.make_array(signature.args[0])(context, builder, arguments[0])
+        row_bytes = builder.extract_value(held.strides, 0)
+        where = cgutils.pointer_add(builder, held.data, builder.mul(arguments[1], row_bytes))
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag])
+        call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(call, [builder.bitcast(where, byte), flag(0), flag(3), flag(1)])
+        return context.get_dummy_value()
+
+    return types.void(table, types.intp), generate
 
 
 @compiled
