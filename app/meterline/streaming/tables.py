@@ -49,10 +49,8 @@ class CommittedTable(faust.Table[bytes, bytes]):
         """Bring the local copy up to a commit."""
         store: Any = self.data
         data, partition_of = store.data, store._key_partition
-        for key, value in items:
-            if value is None:
-                data.pop(key, None)
-                partition_of.pop(key, None)
-            else:
-                data[key] = value
-                partition_of[key] = partition
+        changed = dict(items)
+        data.update(changed)
+        partition_of.update(dict.fromkeys(changed, partition))
+        for key in [key for key, value in changed.items() if value is None]:
+            del data[key], partition_of[key]
