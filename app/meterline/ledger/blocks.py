@@ -64,6 +64,8 @@ class Insert(list[Sequence[Any]]):
 class BlockClient(Client):  # type: ignore[misc]  # the driver has no types
     """The driver's client, taught encoded blocks and arrays; connection, settings and errors are its own."""
 
+    query_result_cls: type[Any]
+
     def numbers(self, query: str, parameters: dict[str, object]) -> tuple[Any, ...]:
         """The columns of a SELECT, all of them UInt64: uint64[rows] each, and none at all without rows."""
         connection, usual = self.connection, self.query_result_cls

@@ -28,6 +28,8 @@ __all__ = [
 CLIENTS_PER_QUERY_MAX = 250
 """Client ids of 200 bytes, written twice and escaped, stay below the 256 KiB a server takes as a query."""
 
+IdColumns = tuple[Any, Any, Any, Any]
+
 NO_END_MS = 10_000_000_000_000
 """The year 2286, still within what the ledger's times can be."""
 
@@ -111,7 +113,7 @@ def dedupe_rows(  # noqa: PLR0917 - six plain facts
     applied_offset: int,
     appended_since_ms: int,
     appended_before_ms: int = NO_END_MS,
-) -> tuple[Any, Any, Any, Any]:
+) -> IdColumns:
     """The events a second copy may still arrive of: what a worker's dedupe index is rebuilt from.
 
     Rows above `applied_offset` were inserted by a flush that did not commit; they are read from Kafka again

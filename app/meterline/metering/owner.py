@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_from_record
@@ -156,9 +155,9 @@ class MeteringOwner(PartitionOwner):
         for since in range(max(0, meta.appended_at - horizon_ms), meta.appended_at + 1, step):
             # The last one has no end: nothing that was committed can be left out.
             before = since + step if since + step <= meta.appended_at else queries.NO_END_MS
-            rows = await self._tools.reader.ask(queries.dedupe_rows, *where, since, before)
-            work = partial(_add_slice, seen, rows, min(before, meta.appended_at))
-            if rows[0].size < INDEX_ROWS_ON_LOOP_MAX:
+            ids = await self._tools.reader.ask(queries.dedupe_rows, *where, since, before)
+            work = partial(_add_slice, seen, ids, min(before, meta.appended_at))
+            if ids[0].size < INDEX_ROWS_ON_LOOP_MAX:
                 work()
             else:
                 await asyncio.to_thread(work)
@@ -305,6 +304,6 @@ class MeteringOwner(PartitionOwner):
             gauge.remove(self._partition)
 
 
-def _add_slice(seen: SeenIds, rows: tuple[Any, Any, Any, Any], now: int) -> None:
+def _add_slice(seen: SeenIds, rows: queries.IdColumns, now: int) -> None:
     seen.add_all(*rows)
     seen.close_slice(now)
