@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, defaultdict
 from typing import NamedTuple
+
 from tests.ledger_rows import dedupe_columns
 
 from meterline.contracts.codec import RecordCodec
