@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from clickhouse_driver import Client as ClickHouse
 
 from meterline.domain.windows import WindowRef
 from meterline.ledger.tables import EVENT_COLUMNS, EVENTS, USAGE_RECORD_LOG_COLUMNS, WINDOW_SNAPSHOT_COLUMNS
 
-__all__ = ["HOUR_MS", "NOON", "columns_of", "event", "insert_events", "snapshot", "step"]
+__all__ = ["HOUR_MS", "NOON", "columns_of", "dedupe_columns", "event", "insert_events", "snapshot", "step"]
 
 HOUR_MS = 3_600_000
 NOON = 1_795_521_600_000
@@ -44,6 +46,14 @@ def event(offset: int, **values: Any) -> dict[str, Any]:
         "payload_digest": (1 << 63) + offset,
     }
     return own | row
+
+
+def dedupe_columns(rows: Iterable[Mapping[str, Any]]) -> tuple[Any, Any, Any, Any]:
+    """What `ledger.queries.dedupe_rows` answers of rows of `events`."""
+    ids = [(row["identity_hash"], row["payload_digest"], row["appended_at"]) for row in rows]
+    columns = [[identity % 2**64, identity >> 64, digest, at] for identity, digest, at in ids]
+    low, high, digests, appended_at = np.array(columns, np.uint64).reshape(len(ids), 4).T.copy()
+    return low, high, digests, appended_at
 
 
 def snapshot(start: int, cutoff_offset: int, skus: dict[str, int], **values: Any) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import asyncio
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
+from tests.ledger_rows import dedupe_columns
+
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_to_record
 from meterline.domain.events import UsageEvent
@@ -169,8 +171,7 @@ class World:
 
     def dedupe_rows(self, topic_id, _, until, since, before):
         rows = [row for row in self._rows(topic_id, until) if since <= row["appended_at"] < before]
-        names = ("identity_hash", "payload_digest", "appended_at")
-        return tuple([row[name] for row in rows] for name in names)
+        return dedupe_columns(rows)
 
     def kept_windows(self, topic_id, _, until, since, lengths):
         sums = defaultdict(SkuTotal)

@@ -15,6 +15,7 @@ from tests.kafka_batches import CODECS
 pytest.importorskip("numba", reason="the extra `fast` is not installed")
 
 from tests.clickhouse_blocks import rows_of
+from tests.ledger_rows import dedupe_columns
 
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_from_record, event_to_record
@@ -194,11 +195,7 @@ class Side:
         else:
             self.meter = Meter(0, options, decode, meta, SlicedIndex(SliceFiles.of(options)))
         rows = [row for offset, row in self.ledger.items() if offset <= meta.applied_offset]
-        self.meter.seen.add_all(
-            [row["identity_hash"] for row in rows],
-            [row["payload_digest"] for row in rows],
-            [row["appended_at"] for row in rows],
-        )
+        self.meter.seen.add_all(*dedupe_columns(rows))
         self.meter.restore(self.state)
 
     def take(self, data, until, *, in_batches=True):

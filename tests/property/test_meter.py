@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.ledger_rows import dedupe_columns
 
 from meterline.domain.events import Correction, CorrectionKind, UsageEvent, identity_hash, payload_digest
 from meterline.domain.reasons import Reason
@@ -220,8 +221,7 @@ class Worker:
             for offset, row in self.ledger.items()
             if offset <= meta.applied_offset and row[COLUMN["appended_at"]] >= meta.appended_at - HORIZON
         ]
-        names = ("identity_hash", "payload_digest", "appended_at")
-        seen.add_all(*([row[COLUMN[name]] for row in rows] for name in names))
+        seen.add_all(*dedupe_columns(dict(zip(EVENT_COLUMNS, row, strict=True)) for row in rows))
         self.meter = Meter(0, options, decode, meta, seen)
         self.meter.restore(self.state)
         sums = {

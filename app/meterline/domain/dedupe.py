@@ -6,8 +6,7 @@ be found. Whether a copy is a duplicate depends on the two records alone, never 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 __all__ = ["SLICES_PER_HORIZON", "SeenIds"]
 
@@ -27,8 +26,15 @@ class SeenIds(Protocol):
     def add(self, identity: int, digest: int, appended_at: int) -> None:
         """Remember the copy that counts."""
 
-    def add_all(self, identities: Iterable[int], digests: Iterable[int], appended_at: Iterable[int]) -> None:
-        """Rebuild from columns in any order; where an id stands twice, the later copy counts."""
+    def add_all(self, lows: Any, highs: Any, digests: Any, appended_at: Any) -> None:
+        """Rebuild from columns in any order; where an id stands twice, the later copy counts.
+
+        Args:
+            lows: low 64 bits of the identities; like the others an array, uint64[ids].
+            highs: the bits above.
+            digests: of the payloads.
+            appended_at: in ms.
+        """
 
     def close_slice(self, now: int) -> None:
         """Let it put away its newest slice when that is due, at the largest append time so far (ms).

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from meterline.domain.events import FUTURE_MAX_MS
 from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SkuTotal, WindowRef
@@ -25,6 +27,8 @@ __all__ = [
 
 CLIENTS_PER_QUERY_MAX = 250
 """Client ids of 200 bytes, written twice and escaped, stay below the 256 KiB a server takes as a query."""
+
+IdColumns = tuple[Any, Any, Any, Any]
 
 NO_END_MS = 10_000_000_000_000
 """The year 2286, still within what the ledger's times can be."""
@@ -109,38 +113,38 @@ def dedupe_rows(  # noqa: PLR0917 - six plain facts
     applied_offset: int,
     appended_since_ms: int,
     appended_before_ms: int = NO_END_MS,
-) -> tuple[list[int], list[int], list[int]]:
+) -> IdColumns:
     """The events a second copy may still arrive of: what a worker's dedupe index is rebuilt from.
 
     Rows above `applied_offset` were inserted by a flush that did not commit; they are read from Kafka again
     and must not be taken for duplicates of themselves.
 
     Returns:
-        Columns of equal length, in no order: identity hashes, payload digests, append times (ms).
+        Columns in no order, uint64[events] each: low 64 bits of the identity hashes and those above, payload
+        digests, append times (ms). An event that was inserted twice may stand there twice.
     """
-    columns = _execute(
-        client,
-        """
-        SELECT identity_hash, payload_digest, toUnixTimestamp64Milli(appended_at)
+    parameters: dict[str, object] = {
+        "appended_since": appended_since_ms,
+        "appended_before": appended_before_ms,
+        "topic_id": topic_id,
+        "partition": partition,
+        "applied_offset": applied_offset,
+    }
+    with ledger_errors():
+        columns = client.numbers(
+            """
+        SELECT
+            toUInt64(bitAnd(identity_hash, 0xFFFFFFFFFFFFFFFF)), toUInt64(bitShiftRight(identity_hash, 64)),
+            payload_digest, toUInt64(toUnixTimestamp64Milli(appended_at))
         FROM events
         WHERE appended_at >= fromUnixTimestamp64Milli(%(appended_since)s, 'UTC')
           AND appended_at < fromUnixTimestamp64Milli(%(appended_before)s, 'UTC')
           AND topic_id = %(topic_id)s AND `partition` = %(partition)s AND `offset` <= %(applied_offset)s
-        LIMIT 1 BY `offset`
         """,
-        {
-            "appended_since": appended_since_ms,
-            "appended_before": appended_before_ms,
-            "topic_id": topic_id,
-            "partition": partition,
-            "applied_offset": applied_offset,
-        },
-        columnar=True,
-    )
-    if not columns:
-        return [], [], []
-    identity_hashes, payload_digests, appended_at = columns
-    return list(identity_hashes), list(payload_digests), list(appended_at)
+            parameters,
+        )
+    lows, highs, digests, appended_at = columns or (np.empty(0, np.uint64),) * 4
+    return lows, highs, digests, appended_at
 
 
 def kept_windows(  # noqa: PLR0917 - six plain facts, in the order of dedupe_rows
@@ -243,9 +247,7 @@ def _appended_since(occurred_since_ms: int) -> int:
     return occurred_since_ms - FUTURE_MAX_MS
 
 
-def _execute(
-    client: Client, query: str, parameters: dict[str, object], *, columnar: bool = False
-) -> list[Any]:
+def _execute(client: Client, query: str, parameters: dict[str, object]) -> list[Any]:
     with ledger_errors():
-        rows: list[Any] = client.execute(query, parameters, columnar=columnar)
+        rows: list[Any] = client.execute(query, parameters)
     return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -37,13 +37,14 @@ class SlicedIndex:
         """Remember the copy that counts."""
         self._newest[identity] = digest << TIME_BITS | appended_at
 
-    def add_all(self, identities: Iterable[int], digests: Iterable[int], appended_at: Iterable[int]) -> None:
+    def add_all(self, lows: Any, highs: Any, digests: Any, appended_at: Any) -> None:
         """Rebuild from columns in any order; where an id stands twice, the later copy counts."""
-        rows = sorted(zip(identities, digests, appended_at, strict=True), key=lambda row: row[2])
+        columns = (column.tolist() for column in (lows, highs, digests, appended_at))
+        rows = sorted(zip(*columns, strict=True), key=lambda row: row[3])
         if rows:
-            self._files.begin(rows[0][2])
-        for identity, digest, at in rows:
-            self.add(identity, digest, at)
+            self._files.begin(rows[0][3])
+        for low, high, digest, at in rows:
+            self.add(high << 64 | low, digest, at)
 
     def close_slice(self, now: int) -> None:
         """Write the dict to a file if it is old or large enough."""

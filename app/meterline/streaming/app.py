@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from meterline.streaming.consumer import ChunkTransport, read_whole_answers
 from meterline.streaming.engine import Engine, EngineLimits
 from meterline.streaming.fatal import die, remember_exits
 from meterline.streaming.log_ranges import topic_partition_counts
-from meterline.streaming.memory import keep_memory
+from meterline.streaming.memory import keep_memory, look_seldom_for_cycles, taking_over_state
 from meterline.streaming.owner import PartitionOwner
 from meterline.streaming.tables import CommittedTable, CommittedTables
 
@@ -42,9 +42,6 @@ ClickHouse is no reason to be killed."""
 FETCH_BYTES_MAX = 2 * 1024 * 1024
 STREAM_BUFFER_CHUNKS = 16
 """Chunks in Faust's queue: a bound on memory, not on speed."""
-
-GC_THRESHOLDS = (50_000, 20, 20)
-"""New objects between two looks for cycles, and how often the older ones are looked at too."""
 
 log = get_logger(__name__)
 
@@ -114,7 +111,7 @@ class WorkerApp(faust.App):
             seek_soon=consumer.seek_soon,
             log_end=consumer.log_end,
         )
-        table.take_over = self.engine.take_over
+        table.take_over = self._take_over
         self.add_future(self._watch_group())
         await super().on_start()
 
@@ -123,6 +120,10 @@ class WorkerApp(faust.App):
         await self.engine.stop()
         await self.plan.close()
         await super().on_stop()
+
+    async def _take_over(self, wanted: set[int]) -> None:
+        with taking_over_state() if wanted - self.engine.partitions.keys() else nullcontext():
+            await self.engine.take_over(wanted)
 
     async def _watch_group(self) -> None:
         """End the process when its part in the group has ended. Before the first assignment, too."""
@@ -257,10 +258,7 @@ def run_worker(app: WorkerApp, log_level: str = "info") -> None:
     )
     threading.current_thread().name = app.plan.name
     remember_exits(Path(app.conf.datadir))
-    # Records become rows and leave again, none of them in cycles: Python's default looks for cycles every
-    # 700 new objects and again over all that is pending, a quarter of the time a record takes.
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
+    look_seldom_for_cycles()
     keep_memory()
     faust.Worker(app, loglevel=log_level, override_logging=False, quiet=True).execute_from_commandline()
 

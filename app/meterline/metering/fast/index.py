@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -67,16 +66,13 @@ class ArrayIndex:
         entry[ID_LOW], entry[ID_HIGH] = identity & LOW_MASK, identity >> 64
         entry[ID_DIGEST], entry[ID_TIME] = digest, appended_at
 
-    def add_all(self, identities: Iterable[int], digests: Iterable[int], appended_at: Iterable[int]) -> None:
+    def add_all(self, lows: Any, highs: Any, digests: Any, appended_at: Any) -> None:
         """Rebuild from columns in any order; where an id stands twice, the later copy counts."""
-        ids = list(identities)
-        times = np.array(list(appended_at), np.uint64)
-        lows = np.array([identity & LOW_MASK for identity in ids], np.uint64)
-        highs = np.array([identity >> 64 for identity in ids], np.uint64)
-        if ids:
-            self._files.begin(int(times.min()))
-        self.make_room(len(ids), int(times.max(initial=0)))
-        self.taken += put_ids(self.slots, lows, highs, np.array(list(digests), np.uint64), times)
+        if not lows.size:
+            return
+        self._files.begin(int(appended_at.min()))
+        self.make_room(lows.size, int(appended_at.max()))
+        self.taken += put_ids(self.slots, lows, highs, digests, appended_at)
 
     def close_slice(self, now: int) -> None:
         """Write the array to a file if it is old or large enough."""
