@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from contextlib import ExitStack
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 
@@ -261,6 +262,8 @@ def _settings() -> dict[str, str]:
     for section, model in Settings():
         for name, value in model:
             default = value.get_secret_value() if isinstance(value, SecretStr) else value
+            if isinstance(default, datetime):
+                default = default.isoformat().replace("+00:00", "Z")
             word = str(default).lower() if isinstance(default, bool) else str(default)
             found[f"METERLINE_{section}__{name}".upper()] = f"`{word}`" if word else "empty"
     return found

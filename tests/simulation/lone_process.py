@@ -16,6 +16,7 @@ class LoneProcess:
         self.world = World(names=())
         self.loop = VirtualLoop(self.world.clock, self.world.surprises.append)
         self.is_alive = self.is_responsive = True
+        self.program = None
 
     def __enter__(self):
         self.world.workers[self.name] = self
