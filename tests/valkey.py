@@ -72,14 +72,15 @@ def valkey(folder, **options):
         server.kill()
 
 
-async def scripts_of(url, namespace):
+async def scripts_of(url, namespace, client=AsyncRedis):
     """What the quota app uses; close its `client` afterwards."""
-    return Scripts(AsyncRedis.from_url(url), namespace=namespace)
+    return Scripts(client.from_url(url), namespace=namespace)
 
 
-async def open_buckets(url, namespace, grants=(), generation=1):
+async def open_buckets(url, namespace, grants=(), generation=1, client=AsyncRedis):
     """A generation, opened as the quota app does it; `grants` are (client, micro-credits)."""
-    scripts = await scripts_of(url, namespace)
+    scripts = await scripts_of(url, namespace, client)
+    await scripts.prepare()
     begin = ("begin", generation, 1, TOPIC_ID, 0)
     await scripts.on_shards(dict.fromkeys(range(SHARDS), begin))
     for number, (client_id, micro) in enumerate(grants):

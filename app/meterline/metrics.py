@@ -153,7 +153,9 @@ QUOTA_CALL_SECONDS = Histogram(
     "Time of one batch of calls to Redis, repetitions included.",
     buckets=(0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1),
 )
-QUOTA_BREAKER_OPEN = Gauge("meterline_quota_breaker_open", "1 while Redis is not asked, and policies decide.")
+QUOTA_BREAKER_OPEN = Gauge(
+    "meterline_quota_breaker_open", "Redis servers (of a cluster) that are not asked while policies decide."
+)
 QUOTA_UNCOVERED_MICRO = Counter(
     "meterline_quota_uncovered_micro", "Micro-credits of work a policy allowed while nobody could decide."
 )

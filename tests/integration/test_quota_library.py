@@ -7,13 +7,16 @@ import time
 
 import pytest
 from redis import Redis
+from redis.asyncio.cluster import RedisCluster
+from redis.crc import key_slot
 from tests.valkey import open_buckets, scripts_of, valkey
 
 from meterline.domain.clients import QuotaPolicy
+from meterline.domain.credits import MICRO
 from meterline.errors import UserError
 from meterline.local.ports import HOST, free_ports
-from meterline.quota import CreditBuckets, QuotaUnavailable
-from meterline.quota.keys import SHARDS
+from meterline.quota import CreditBuckets, CreditsExhausted, QuotaUnavailable
+from meterline.quota.keys import SHARDS, shard_of
 
 M = 1_000_000
 NAMESPACE = "library"
@@ -117,31 +120,76 @@ def test_a_server_that_may_forget_credits_is_refused(tmp_path, options, wrong):
         asyncio.run(scenario(server))
 
 
-def test_a_cluster_of_several_servers_is_refused_one_with_all_slots_is_not(tmp_path):
-    """The other servers' clients would not be found: each of their decisions would be an error."""
-
-    async def connect(server):
-        async with CreditBuckets.connect(server.url) as buckets:
-            with pytest.raises(QuotaUnavailable):  # nobody has opened them
-                await buckets.reserve("acme", 1, reservation_id="a/1")
+def test_each_client_is_decided_by_the_server_of_the_cluster_that_has_its_credits(tmp_path):
+    """Also when slots move to a server nobody knew of, and while one of them is away."""
 
     def in_cluster(number):
         folder = tmp_path / f"{number}"
         folder.mkdir()
         return valkey(folder, cluster_enabled="yes", cluster_port=f"{free_ports(1)[0]}")
 
-    with in_cluster(1) as first, in_cluster(2) as second, Redis.from_url(first.url) as one:
-        one.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
-        wait_until(lambda: one.cluster("INFO")["cluster_state"] == "ok")
-        asyncio.run(connect(first))
-        one.execute_command("CLUSTER DELSLOTSRANGE", 8192, 16383)
-        with Redis.from_url(second.url) as two:
-            two.execute_command("CLUSTER ADDSLOTSRANGE", 8192, 16383)
-            bus = int(second._options["cluster-port"])
-            one.execute_command("CLUSTER MEET", HOST, second.port, bus)
-        wait_until(lambda: one.cluster("INFO")["cluster_size"] == "2")
-        with pytest.raises(UserError, match=r"cluster of 2 servers[\s\S]*Use a Redis of one server"):
-            asyncio.run(connect(first))
+    async def scenario(first, second):
+        here, there = of_slots(0, HALF - 1), of_slots(HALF, 16383)
+        async with CreditBuckets.connect(first.url) as early:
+            with Redis.from_url(first.url) as one, Redis.from_url(second.url) as two:
+                share_slots(one, two, second)
+            await open_buckets(
+                first.url, "meterline", [(here, 5 * MICRO), (there, 7 * MICRO)], client=RedisCluster
+            )
+            with pytest.raises(QuotaUnavailable, match="another server"):
+                await early.reserve(there, 3, reservation_id="there/1")
+            await decided(early, there, "there/1")
+            await early.reserve(here, 5, reservation_id="here/1")
+            with pytest.raises(CreditsExhausted):
+                await early.reserve(here, 1, reservation_id="here/2")
+            async with CreditBuckets.connect(second.url) as late:
+                balances = [(await late.balance(client)).available for client in (here, there)]
+                second.kill()
+                with pytest.raises(QuotaUnavailable):
+                    await late.reserve(there, 1, reservation_id="there/2")
+                await late.void("here/1", client_id=here)
+                await late.reserve(here, 2, reservation_id="here/3")
+            return balances
+
+    with in_cluster(1) as first, in_cluster(2) as second:
+        with Redis.from_url(first.url) as one:
+            one.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+            wait_until(lambda: one.cluster("INFO")["cluster_state"] == "ok")
+        assert asyncio.run(scenario(first, second)) == [0, 4]
+
+
+HALF = 8192
+
+
+def share_slots(one, two, second):
+    """The upper half of the slots, empty yet, goes to the second server."""
+    one.execute_command("CLUSTER DELSLOTSRANGE", HALF, 16383)
+    two.execute_command("CLUSTER ADDSLOTSRANGE", HALF, 16383)
+    one.execute_command("CLUSTER MEET", HOST, second.port, int(second._options["cluster-port"]))
+    two.execute_command("CLUSTER BUMPEPOCH")
+    for server in (one, two):
+        wait_until(lambda server=server: server.cluster("INFO")["cluster_size"] == "2")
+        wait_until(lambda server=server: server.cluster("INFO")["cluster_state"] == "ok")
+
+
+def of_slots(first, last):
+    """A client whose keys are in these slots."""
+    return next(
+        name
+        for name in map("client-{}".format, range(100))
+        if first <= key_slot(b"{%02d}" % shard_of(name)) <= last
+    )
+
+
+async def decided(buckets, client_id, reservation_id):
+    """Reserve 3 credits as soon as somebody decides."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return await buckets.reserve(client_id, 3, reservation_id=reservation_id)
+        except QuotaUnavailable:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
 
 
 def wait_until(is_so):

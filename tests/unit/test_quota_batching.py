@@ -7,7 +7,7 @@ import json
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, ReadOnlyError, ResponseError
+from redis.exceptions import MovedError, NoScriptError, ReadOnlyError, ResponseError
 
 from meterline.errors import UserError
 from meterline.quota.availability import FAILURES_MAX, Unreachable
@@ -22,6 +22,7 @@ class Line:
 
     def __init__(self):
         self.calls = []
+        self.moved = []
         self.called = asyncio.Event()
         self.connections = 0
         self.loads = 0
@@ -82,10 +83,8 @@ class Connection:
 def run(scenario, **options):
     async def whole():
         line = Line()
-        batcher = Batcher(
-            line,
-            **({"window_s": WINDOW_S, "timeout_s": TIMEOUT_S, "lanes": 2, "batch_ops_max": 8} | options),
-        )
+        own = {"window_s": WINDOW_S, "timeout_s": TIMEOUT_S, "lanes": 2, "batch_ops_max": 8}
+        batcher = Batcher(line, **(own | {"moved": lambda: line.moved.append(1)} | options))
         await asyncio.sleep(0)  # the lanes are waiting now
         try:
             await scenario(line, batcher)
@@ -93,6 +92,19 @@ def run(scenario, **options):
             await batcher.close()
 
     asyncio.run(whole())
+
+
+def test_a_client_that_another_server_of_a_cluster_has_is_not_decided_and_its_way_asked_for():
+    async def scenario(line, batcher):
+        line.next = [MovedError("6918 127.0.0.1:7001")]
+        calls = [batcher.submit("a", '"1"'), batcher.submit("b", '"2"')]
+        with pytest.raises(Unreachable, match="another server of the Redis Cluster"):
+            await calls[0]
+        assert await calls[1] == b"b 2"
+        assert line.moved == [1]
+        assert len(line.calls) == 2
+
+    run(scenario)
 
 
 def test_calls_of_one_turn_travel_together_by_client_and_in_order():

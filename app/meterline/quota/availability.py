@@ -32,7 +32,7 @@ class Unreachable(Exception):  # noqa: N818 - inside the library; callers see Qu
 
 
 class Availability:
-    """The breaker of one process.
+    """The breaker in front of one server.
 
     Attributes:
         tripped: it is open: don't ask.
@@ -61,9 +61,10 @@ class Availability:
 
     def trip(self, reason: str) -> None:
         """Open the breaker now."""
+        if not self.tripped:
+            metrics.QUOTA_BREAKER_OPEN.inc()
         self.tripped = True
         self._reason = reason
-        metrics.QUOTA_BREAKER_OPEN.set(1)
         log.warning(
             "Redis does not decide (%s): clients' policies do, until it is back. Whatever they allow is "
             "charged by the log without a limit; the end of this is logged with its sum",
@@ -85,6 +86,9 @@ class Availability:
 
     async def stop(self) -> None:
         """End probing."""
+        if self.tripped:
+            self.tripped = False
+            metrics.QUOTA_BREAKER_OPEN.dec()
         if self._probing is not None:
             self._probing.cancel()
             await asyncio.gather(self._probing, return_exceptions=True)
@@ -92,7 +96,7 @@ class Availability:
 
     def _close(self) -> None:
         self.tripped = False
-        metrics.QUOTA_BREAKER_OPEN.set(0)
+        metrics.QUOTA_BREAKER_OPEN.dec()
         log.warning(
             "Redis decides again; allowed meanwhile: %d tasks, %s credits",
             self._uncovered,

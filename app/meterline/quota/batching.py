@@ -17,7 +17,15 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import AuthenticationError, NoScriptError, RedisError, ResponseError
+from redis.exceptions import (
+    AskError,
+    AuthenticationError,
+    MovedError,
+    NoScriptError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
 
 from meterline import metrics
 from meterline.errors import UserError
@@ -88,6 +96,7 @@ class Batcher:
         timeout_s: float,
         lanes: int,
         batch_ops_max: int,
+        moved: Callable[[], None],
     ) -> None:
         """Start the lanes.
 
@@ -97,7 +106,9 @@ class Batcher:
             timeout_s: how long one call may take, collecting and repeating included.
             lanes: connections. With one the server and this process take turns; four keep both at work.
             batch_ops_max: bound of what the server does in one go, other processes waiting.
+            moved: called when another server of a cluster has a client's keys.
         """
+        self._moved = moved
         self.availability = Availability(self.ping)
         self._server = server
         self._window_s = window_s
@@ -300,8 +311,14 @@ class Batcher:
             except NoScriptError:
                 forgotten = True
                 again.append(group)
+            except MovedError:
+                # Nothing was done. Until the way is known again it is as if the server were away.
+                self._moved()
+                group.fail(
+                    Unreachable(f"another server of the Redis Cluster has {group.client_id}'s credits now")
+                )
             except ResponseError as error:
-                if is_passing(error):
+                if is_passing(error) or isinstance(error, AskError | TryAgainError):  # a slot is on its way
                     raise
                 if len(group.ops) == 1:
                     group.fail(UserError(f"Redis refused an operation of {group.client_id}: {error}"))

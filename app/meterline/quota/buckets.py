@@ -38,6 +38,7 @@ from meterline.quota.errors import (
 from meterline.quota.leases import LeasePlan, Leases
 from meterline.quota.loop_thread import LoopThread
 from meterline.quota.reservations import Held, Reservations
+from meterline.quota.routes import Routes
 from meterline.quota.server import Server
 from meterline.quota.sync import SyncCreditBuckets
 
@@ -58,9 +59,10 @@ Policy = Callable[[str], QuotaPolicy]
 
 
 class Carrier(Protocol):
-    """What brings operations to the buckets: `Batcher`, or the fake's memory."""
+    """What brings operations to the buckets: `Routes`, or the fake's memory."""
 
-    availability: Availability
+    def availability_of(self, client_id: str) -> Availability:
+        """Whether a client's bucket is asked."""
 
     def submit(self, client_id: str, op: operations.Op) -> asyncio.Future[bytes]:
         """See `Batcher.submit`."""
@@ -91,14 +93,14 @@ class CreditBuckets:
     done, so void what a cancelled `reserve` may have set aside.
     """
 
-    def __init__(self, batcher: Carrier, policy: Policy, plan: LeasePlan | None) -> None:
+    def __init__(self, carrier: Carrier, policy: Policy, plan: LeasePlan | None) -> None:
         """See `connect`."""
-        self._batcher = batcher
-        self._availability = batcher.availability
-        self._submit = batcher.submit
+        self._carrier = carrier
+        self._availability_of = carrier.availability_of
+        self._submit = carrier.submit
         self._policy = policy
         self._reservations = Reservations()
-        self._leases = Leases(batcher.submit_first, plan, self._reservations) if plan is not None else None
+        self._leases = Leases(carrier.submit_first, plan, self._reservations) if plan is not None else None
 
     @classmethod
     def connect(
@@ -118,14 +120,14 @@ class CreditBuckets:
         Redis need not be there: until it answers, the policy decides.
 
         Args:
-            redis_url: `redis://`, `rediss://` or `unix://`.
+            redis_url: `redis://`, `rediss://` or `unix://`; of a Redis Cluster any of its servers.
             namespace: first part of every key.
             timeout_ms: how long a call may take; then the client's policy decides.
             batch_window_us: concurrent calls are collected at most so long.
             policy: whether a client's work may be done while nobody can decide.
             leases: for very hot clients: their credits are taken in portions and decided in this process.
-            connections: batches that may be on their way at once: with fewer than three, Redis and this
-                process wait for each other.
+            connections: batches that may be on their way to a server at once: with fewer than three, it and
+                this process wait for each other.
             batch_ops_max: calls in one batch: Redis does nothing else meanwhile, about 5 us each.
 
         Raises (when entered):
@@ -134,22 +136,25 @@ class CreditBuckets:
 
         async def open_buckets() -> CreditBuckets:
             look_s = max(timeout_ms / 1_000, CONNECT_S_MIN)
-            server = Server(redis_url, namespace, connect_timeout_s=look_s)
-            batcher = Batcher(
-                server,
-                window_s=batch_window_us / 1_000_000,
-                timeout_s=timeout_ms / 1_000,
-                lanes=connections,
-                batch_ops_max=batch_ops_max,
-            )
+            server = Server.from_url(redis_url, namespace, connect_timeout_s=look_s)
+
+            def make_batcher(one: Server, moved: Callable[[], None]) -> Batcher:
+                return Batcher(
+                    one,
+                    window_s=batch_window_us / 1_000_000,
+                    timeout_s=timeout_ms / 1_000,
+                    lanes=connections,
+                    batch_ops_max=batch_ops_max,
+                    moved=moved,
+                )
+
+            routes = Routes(server, make_batcher, timeout_s=look_s)
             try:
-                await server.look(look_s)
-            except Unreachable as error:
-                batcher.availability.trip(str(error))
+                await routes.look()
             except BaseException:
-                await batcher.close()
+                await routes.close()
                 raise
-            return cls(batcher, policy, leases)
+            return cls(routes, policy, leases)
 
         return Connecting(open_buckets)
 
@@ -362,7 +367,7 @@ class CreditBuckets:
         """Give leases back, let calls under way end. `async with` does it."""
         if self._leases is not None:
             await self._leases.close(LEASES_CLOSE_S)
-        await self._batcher.close()
+        await self._carrier.close()
 
     # ------------------------------------------------------------------ inside
 
@@ -418,8 +423,9 @@ class CreditBuckets:
                 return again
         except (ReservationConflict, ReservationLapsed, InvalidReservation) as error:
             return error
-        if self._availability.tripped:
-            return self._undecided(client_id, micro, reservation_id, ttl_s, self._availability.reason)
+        availability = self._availability_of(client_id)
+        if availability.tripped:
+            return self._undecided(client_id, micro, reservation_id, ttl_s, availability.reason)
         return operations.reserve(reservation_id, micro, ttl_ms)
 
     def _decided(  # noqa: PLR0911 - one for each word a bucket answers
@@ -462,7 +468,7 @@ class CreditBuckets:
             UNAVAILABLE.inc()
             return QuotaUnavailable(f"credits of {client_id} could not be reserved: {reason}")
         ALLOWED.inc()
-        self._availability.allowed(micro)
+        self._availability_of(client_id).allowed(micro)
         made = Reservation(reservation_id, client_id, micro, ttl_s, 0, done=False, covered=False)
         self._reservations.stand(reservation_id, made)
         return made
@@ -490,8 +496,9 @@ class CreditBuckets:
         return found
 
     async def _ask(self, client_id: str, op: operations.Op) -> bytes:
-        if self._availability.tripped:
-            raise QuotaUnavailable(self._availability.reason)
+        availability = self._availability_of(client_id)
+        if availability.tripped:
+            raise QuotaUnavailable(availability.reason)
         try:
             return await self._submit(client_id, op)
         except Unreachable as error:

@@ -120,7 +120,7 @@ class FakeCreditBuckets(CreditBuckets):
 
 
 class _Memory:
-    """What the batcher is for the real buckets."""
+    """What the routes are for the real buckets."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.availability = Availability(self._nobody)
@@ -130,6 +130,9 @@ class _Memory:
         self.buckets: dict[str, Bucket] = {}
         self.grants = 0
         self._clock = clock
+
+    def availability_of(self, _client_id: str) -> Availability:
+        return self.availability
 
     def bucket(self, client_id: str) -> Bucket:
         if client_id not in self.buckets:

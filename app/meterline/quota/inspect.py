@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from redis import Redis
 from redis.cluster import RedisCluster
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 from meterline.errors import UserError
 from meterline.quota.keys import SHARDS, Keys, shard_of
@@ -262,7 +262,7 @@ def open_redis(settings: RedisSettings) -> Iterator[Redis | RedisCluster]:
                 return
         with RedisCluster.from_url(settings.url, **options) as cluster:
             yield cluster
-    except RedisError as error:
+    except (RedisError, RedisClusterException) as error:
         raise UserError(
             f"Redis at {address} does not answer ({error}).\n"
             "Start the local stack with `meterline up`, or point METERLINE_REDIS__URL at your server."

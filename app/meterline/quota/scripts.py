@@ -39,13 +39,14 @@ from importlib.resources import files
 from typing import Any
 
 from redis.asyncio import Redis
-from redis.asyncio.cluster import RedisCluster
+from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
     NoPermissionError,
     NoScriptError,
+    RedisClusterException,
     RedisError,
     ResponseError,
 )
@@ -87,6 +88,9 @@ _LIMITS = {
     "SWEEP_MS": buckets.SWEEP_MS,
     "SWEEP_MAX": buckets.SWEEP_MAX,
 }
+TROUBLE = RedisError, RedisClusterException, OSError
+"""What redis-py raises when a server, or a whole cluster, does not do what it is asked."""
+
 _LATER = {
     "BUSY",
     "CLUSTERDOWN",
@@ -322,10 +326,10 @@ class Scripts:
                 pipeline.execute_command(*command)
             try:
                 replies = await pipeline.execute(raise_on_error=False)
-            except (RedisError, OSError) as error:
+            except TROUBLE as error:
                 raise _route_of(error) from error
         for reply in replies:
-            if isinstance(reply, BaseException) and not isinstance(reply, RedisError | OSError):
+            if isinstance(reply, BaseException) and not isinstance(reply, TROUBLE):
                 raise reply
         return list(replies)
 
@@ -342,10 +346,7 @@ class Scripts:
         return node, await self._load(key, None)
 
     def _node_of(self, key: str) -> str:
-        if isinstance(self.client, RedisCluster):
-            node = self.client.get_node_from_key(key)
-            return "" if node is None else str(node.name)
-        return ""
+        return str(_owner(self.client, key).name) if isinstance(self.client, RedisCluster) else ""
 
     async def _load(self, key: str, missing: _Loaded | None) -> _Loaded:
         """Load the scripts into the server that owns the key, unless somebody just did."""
@@ -357,15 +358,13 @@ class Scripts:
                 if loaded is None or loaded is missing:
                     loaded = await self._load_now(key)
                     self._loaded[self._node_of(key)] = loaded
-            except (RedisError, OSError) as error:
+            except TROUBLE as error:
                 raise _route_of(error) from error
             return loaded
 
     async def _load_now(self, key: str) -> _Loaded:
         if isinstance(self.client, RedisCluster):
-            node = self.client.get_node_from_key(key)
-            if node is None:
-                raise RetryLater("No node of the Redis cluster owns the bucket's slot")
+            node = _owner(self.client, key)
             connection = node.acquire_connection()
             try:
                 return await _load_over(connection)
@@ -419,6 +418,16 @@ def run_id_of(fields: Mapping[str, str]) -> str:
     if not re.fullmatch(r"[0-9a-f]{40}", run_id := fields.get("run_id", "")):
         raise UserError(f"Redis tells no run id ({run_id!r}); credit buckets need it to notice a restart.")
     return run_id
+
+
+def _owner(cluster: RedisCluster, key: str) -> ClusterNode:
+    try:
+        node = cluster.get_node_from_key(key)
+    except RedisClusterException:
+        node = None
+    if node is None:
+        raise RetryLater("no server of the Redis Cluster has the slot of the buckets")
+    return node
 
 
 def is_passing(error: ResponseError) -> bool:

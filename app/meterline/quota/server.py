@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.asyncio.connection import (
+    AbstractConnection,
+    Connection,
+    ConnectionPool,
+    UnixDomainSocketConnection,
+)
 from redis.exceptions import AuthenticationError, AuthorizationError, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -15,7 +21,12 @@ from meterline.quota.availability import Unreachable
 from meterline.quota.keys import Keys, shard_of
 from meterline.quota.scripts import info_fields, rendered, run_id_of
 
-__all__ = ["Server", "require_safe"]
+__all__ = ["Address", "Server", "require_safe"]
+
+Address = tuple[str, int]
+"""Host and port; of a server behind a socket its path and 0."""
+
+SLOTS = 16_384
 
 log = logging.getLogger("meterline.quota")  # a library's: the program it runs in decides what is seen
 
@@ -23,14 +34,20 @@ log = logging.getLogger("meterline.quota")  # a library's: the program it runs i
 class Server:
     """Where the buckets of one namespace are."""
 
-    def __init__(self, url: str, namespace: str, *, connect_timeout_s: float) -> None:
+    def __init__(self, pool: ConnectionPool, keys: Keys) -> None:
+        """See `from_url`."""
+        self._pool = pool
+        self._keys = keys
+
+    @classmethod
+    def from_url(cls, url: str, namespace: str, *, connect_timeout_s: float) -> Server:
         """Nothing is connected yet.
 
         Raises:
             UserError: the address is wrong.
         """
         try:
-            self._pool = ConnectionPool.from_url(
+            pool = ConnectionPool.from_url(
                 url,
                 protocol=2,
                 decode_responses=False,
@@ -39,7 +56,22 @@ class Server:
             )
         except ValueError as error:
             raise UserError(f"{url!r} is no address of a Redis server: {error}") from None
-        self._keys = Keys(namespace)
+        return cls(pool, Keys(namespace))
+
+    @property
+    def address(self) -> Address:
+        """Where it is."""
+        settings = self._pool.connection_kwargs
+        return settings.get("host", settings.get("path", "localhost")), settings.get("port", 6379)
+
+    def at(self, address: Address) -> Server:
+        """Another server of the same cluster: it takes the same password, and encrypts as this one does."""
+        settings = {**self._pool.connection_kwargs, "host": address[0], "port": address[1]}
+        kind = self._pool.connection_class
+        if issubclass(kind, UnixDomainSocketConnection):
+            del settings["path"]
+            kind = Connection
+        return Server(ConnectionPool(connection_class=kind, **settings), self._keys)
 
     def new_connection(self) -> AbstractConnection:
         """One that is not connected yet, and not shared."""
@@ -71,12 +103,14 @@ class Server:
             packed.append(b"$%d\r\n%b\r\n" % (len(text), text))
         return b"".join(packed)
 
-    async def look(self, timeout_s: float) -> None:
+    async def look(self, timeout_s: float) -> bool:
         """Whether credits can be kept there.
 
+        Returns:
+            Whether it is one of several that share the keys, in a cluster.
+
         Raises:
-            UserError: the password is refused, the server can't keep credits safely, or it has only some of
-                them, as one of several in a cluster.
+            UserError: the password is refused, or the server can't keep credits safely.
             Unreachable: it doesn't answer, or is not ready.
         """
         connection = self.new_connection()
@@ -95,16 +129,40 @@ class Server:
             # Until its file is read it says that it keeps none.
             raise Unreachable("Redis was started and is still loading")
         run_id_of(info)
-        if masters > 1:
-            raise UserError(
-                f"Redis is a cluster of {masters} servers that share the keys. `CreditBuckets` asks one of "
-                "them, and would not find the clients of the others. Use a Redis of one server for credits; "
-                "it may have replicas. Or a cluster where one server has all slots."
-            )
         if hidden := require_safe(info):
             log.warning(
                 "Redis does not tell whether it keeps credits safely; look yourself at %s", ", ".join(hidden)
             )
+        return masters > 1
+
+    async def slots(self, timeout_s: float) -> Mapping[int, Address]:
+        """Which server has which slot of the cluster; nothing if it is in none.
+
+        Raises:
+            RedisError, OSError, TimeoutError: it doesn't tell, or not all of it.
+        """
+        connection = self.new_connection()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await connection.connect()  # type: ignore[no-untyped-call]  # redis-py's
+                if (await _info(connection, "cluster")).get("cluster_enabled") != "1":
+                    return {}
+                await connection.send_command("CLUSTER", "SLOTS", check_health=False)
+                ranges = await connection.read_response(disable_decoding=True)
+        finally:
+            await connection.disconnect(nowait=True)
+        return self._addresses(ranges)
+
+    def _addresses(self, ranges: Sequence[Any]) -> Mapping[int, Address]:
+        """First and last slot, then the master of each range: host, port and more."""
+        found = {}
+        for first, last, (host, port, *_), *_ in ranges:
+            # A server that doesn't know its own name leaves it out: that by which it was reached will do.
+            address = (host or b"").decode() or self.address[0], int(port)
+            found.update(dict.fromkeys(range(first, last + 1), address))
+        if len(found) < SLOTS:
+            raise RedisError(f"{SLOTS - len(found)} slots of the cluster have no server")
+        return found
 
 
 def require_safe(info: Mapping[str, str]) -> list[str]:

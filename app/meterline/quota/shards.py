@@ -8,12 +8,12 @@ from typing import Any
 
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
+from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 
 from meterline.domain.totals import UsageProgress
 from meterline.errors import RetryLater, UserError
 from meterline.quota.keys import SHARDS
-from meterline.quota.scripts import Scripts, ShardState
+from meterline.quota.scripts import TROUBLE, Scripts, ShardState
 from meterline.settings import RedisSettings
 
 __all__ = ["Op", "Shards", "open_shards"]
@@ -204,7 +204,7 @@ def _away() -> Iterator[None]:
         yield
     except (AuthenticationError, NoPermissionError) as error:
         raise UserError(f"Redis refuses us: {error}") from error
-    except (RedisError, OSError) as error:
+    except TROUBLE as error:
         raise RetryLater(f"Redis does not answer: {error or type(error).__name__}") from error
 
 
