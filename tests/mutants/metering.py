@@ -334,7 +334,7 @@ MUTANTS = [
             ),
         ],
         tests=[CRASH_POINTS],
-        speaks_of=r"halted == \{\}",
+        speaks_of=r"in why for why in",
     ),
     Mutant(
         name="verdict-of-a-stalled-owner",
@@ -349,7 +349,7 @@ MUTANTS = [
             )
         ],
         tests=[CRASH_POINTS],
-        speaks_of=r"halted == \{\}",
+        speaks_of=r"in why for why in",
     ),
     Mutant(
         name="uncommitted-state",
