@@ -312,7 +312,7 @@ MUTANTS = [
                 "        reached(Step.STATE_READ)\n",
             ),
         ],
-        tests=[HISTORIES],
+        tests=[RED_LIST],
         speaks_of=SIMULATED_BOOKS,
     ),
     Mutant(
