@@ -6,18 +6,16 @@ The owner is the real one; the ledger, the changelog and the topics are a few di
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import NamedTuple
 
-from tests.ledger_rows import dedupe_columns
+from tests.simulation.ledger import Ledger
+from tests.simulation.worker import CODECS, metering_tools
 
-from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_to_record
 from meterline.domain.events import UsageEvent
-from meterline.domain.window_lengths import WindowLengths
-from meterline.domain.windows import SkuTotal
 from meterline.errors import PartitionHalted
-from meterline.metering.owner import MeteringOwner, MeteringTools
+from meterline.metering.owner import MeteringOwner
 from meterline.metering.state import Meta, meta_key
 from meterline.metering.worker import make_meter
 from meterline.settings import MeteringSettings
@@ -30,10 +28,6 @@ OPTIONS = MeteringSettings(
     keep_closed_windows_ms=2_000,
     late_snapshot_interval_ms=500,
 )
-CODECS = {
-    name: RecordCodec(name)
-    for name in ("usage-event", "usage-window", "usage-total", "usage-progress", "dead-letter")
-}
 TOTAL_KEY = b"17:meterline.total.1,"
 
 
@@ -52,14 +46,15 @@ class Crash(BaseException):
     """The worker is killed at a write."""
 
 
-class World:
-    """One partition: its log, what is durable, and what the clients owe."""
+class World(Ledger):
+    """One partition: its log, what is durable, and what the clients owe. Its ledger is the simulation's."""
 
     def __init__(self):
+        super().__init__()
         self.now = START
         self.topic_id, self.log, self.log_start, self.accepted = "topic", [], 0, {}
         self.fates = Counter()
-        self.changelog, self.rows = {}, {}
+        self.changelog = {}
         self.windows, self.totals, self.too_early = {}, {}, []
         self.dead_letters = []
         self.writes, self.dies_at, self.halted = 0, None, ""
@@ -123,9 +118,7 @@ class World:
     async def insert(self, _, columns, data, block):
         assert block is None, "the plain meter makes none"
         self.write()
-        for row in zip(*data, strict=True):
-            named = dict(zip(columns, row, strict=True))
-            self.rows[named["topic_id"], named["offset"]] = named
+        super().insert(columns, data)
         self.write()
 
     async def commit(self, what):
@@ -162,46 +155,12 @@ class World:
     async def ask(self, question, *args):
         return getattr(self, question.__name__)(*args)
 
-    def _rows(self, topic_id, until):
-        return [row for (topic, offset), row in self.rows.items() if topic == topic_id and offset <= until]
-
-    def partition_offsets(self, topic_id, _):
-        offsets = [offset for topic, offset in self.rows if topic == topic_id]
-        return (len(offsets), min(offsets), max(offsets)) if offsets else None
-
-    def dedupe_rows(self, topic_id, _, until, since, before):
-        rows = [row for row in self._rows(topic_id, until) if since <= row["appended_at"] < before]
-        return dedupe_columns(rows)
-
-    def kept_windows(self, topic_id, _, until, since, lengths):
-        sums = defaultdict(SkuTotal)
-        for row in self._rows(topic_id, until):
-            if row["occurred_at"] >= since:
-                total = sums[lengths.start_of(row["occurred_at"]), row["client_id"], row["sku"]]
-                total.count += 1
-                total.credits_micro += row["credits_micro"]
-        return dict(sums)
-
-    def window_sums(self, windows):
-        return [self._window_sum(ref, cutoff) for ref, cutoff in windows]
-
-    def _window_sum(self, ref, cutoff):
-        kept = self.kept_windows(ref.topic_id, 0, cutoff, ref.start, WindowLengths.of(LENGTH))
-        wanted = (ref.start, ref.client_id)
-        return {sku: total for (start, client, sku), total in kept.items() if (start, client) == wanted}
-
     # -- the worker
 
     def tools(self):
-        return MeteringTools(
+        return metering_tools(
+            self,
             settings=self.options,
-            writer=self,
-            reader=self,
-            events=CODECS["usage-event"],
-            windows=CODECS["usage-window"],
-            totals=CODECS["usage-total"],
-            progress=CODECS["usage-progress"],
-            dead_letters=CODECS["dead-letter"],
             window_partitions=1,
             make_meter=make_meter,
             now_ms=lambda: self.now,

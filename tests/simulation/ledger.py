@@ -11,6 +11,7 @@ from collections import defaultdict
 from tests.ledger_rows import dedupe_columns
 
 from meterline.domain.windows import SkuTotal
+from meterline.ledger.queries import NO_END_MS
 
 RETRY_S = 0.4
 
@@ -64,7 +65,9 @@ class Ledger:
         offsets = [row["offset"] for row in self._of(topic_id, partition, 2**63)]
         return (len(offsets), min(offsets), max(offsets)) if offsets else None
 
-    def dedupe_rows(self, topic_id, partition, applied_offset, appended_since_ms, appended_before_ms):
+    def dedupe_rows(
+        self, topic_id, partition, applied_offset, appended_since_ms, appended_before_ms=NO_END_MS
+    ):
         rows = [
             row
             for row in self._of(topic_id, partition, applied_offset)

@@ -30,6 +30,20 @@ QUEUE_MAX = 3
 WINDOW_PARTITIONS = 2
 
 
+def metering_tools(ledger, **more):
+    """What an owner works with, on a ledger that is its writer and its reader."""
+    return MeteringTools(
+        writer=ledger,
+        reader=ledger,
+        events=CODECS["usage-event"],
+        windows=CODECS["usage-window"],
+        totals=CODECS["usage-total"],
+        progress=CODECS["usage-progress"],
+        dead_letters=CODECS["dead-letter"],
+        **more,
+    )
+
+
 class Killed(BaseException):
     """This process ends here and now."""
 
@@ -65,15 +79,9 @@ class Worker:
     def _new_engine(self):
         world = self.world
         ledger = LedgerOfProcess(world, self)
-        tools = MeteringTools(
+        tools = metering_tools(
+            ledger,
             settings=world.settings_of.get(self.name, world.settings),
-            writer=ledger,
-            reader=ledger,
-            events=CODECS["usage-event"],
-            windows=CODECS["usage-window"],
-            totals=CODECS["usage-total"],
-            progress=CODECS["usage-progress"],
-            dead_letters=CODECS["dead-letter"],
             window_partitions=WINDOW_PARTITIONS,
             make_meter=make_meter if self.program is None else self.program.make_meter,
             now_ms=world.wall_ms,

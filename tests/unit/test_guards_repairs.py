@@ -9,12 +9,12 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
-from tests.metering_world import CODECS, LENGTH, TOTAL_KEY, World
+from tests.metering_world import LENGTH, TOTAL_KEY, World
+from tests.simulation.worker import CODECS
 
 from meterline.domain.twins import Copy, judge_copies, twin_correction
 from meterline.domain.windows import SkuTotal
 from meterline.errors import PartitionHalted
-from meterline.ledger.queries import NO_END_MS
 from meterline.ledger.repair_queries import RowSummary, StateWindow
 from meterline.metering import repair_ledger
 from meterline.metering.repair_evidence import Evidence, RepairTools, Statements
@@ -53,12 +53,9 @@ class MendedWorld(World):
 
     # -- the ledger, asked by repairs
 
-    def dedupe_rows(self, topic_id, partition, until, since, before=NO_END_MS):
-        return super().dedupe_rows(topic_id, partition, until, since, before)
-
     def lifetime_totals(self, topic_id, _, until):
         sums = defaultdict(SkuTotal)
-        for row in self._rows(topic_id, until):
+        for row in self._of(topic_id, 0, until):
             sums[row["client_id"]].count += 1
             sums[row["client_id"]].credits_micro += row["credits_micro"]
         return dict(sums)
@@ -76,7 +73,7 @@ class MendedWorld(World):
         return RowSummary(len(rows), rows[0]["offset"], rows[-1]["offset"], *newest)
 
     def event_offsets(self, topic_id, _, first, last):
-        return {row["offset"] for row in self._rows(topic_id, last) if row["offset"] >= first}
+        return {row["offset"] for row in self._of(topic_id, 0, last) if row["offset"] >= first}
 
     def told_windows(self, _topic_id, _partition, first_start, last_start):
         return {key: told for key, told in self.told.items() if first_start <= key[0] <= last_start}
@@ -95,7 +92,7 @@ class MendedWorld(World):
         return windows
 
     def _rows_in_order(self, topic_id, until):
-        return sorted(self._rows(topic_id, until), key=lambda row: row["offset"])
+        return sorted(self._of(topic_id, 0, until), key=lambda row: row["offset"])
 
     # -- the commands
 
@@ -127,7 +124,7 @@ class MendedWorld(World):
         return True
 
     def lose_row(self, offset):
-        return self.rows.pop((self.topic_id, offset))
+        return self.rows.pop((self.topic_id, 0, offset))
 
 
 class Writer:
@@ -239,7 +236,7 @@ def test_a_copy_does_not_take_the_place_of_its_lost_first(world, rests):
     world.work()
 
     assert world.books() == [world.owed()] * 3
-    assert sorted(offset for _, offset in world.rows) == sorted(world.accepted)
+    assert sorted(offset for _, _, offset in world.rows) == sorted(world.accepted)
 
 
 def test_a_range_is_decided_with_what_the_ledger_has_below_it(world):
