@@ -12,12 +12,13 @@ from redis.exceptions import MovedError, NoScriptError, ReadOnlyError, ResponseE
 from meterline.errors import UserError
 from meterline.quota.availability import FAILURES_MAX, Unreachable
 from meterline.quota.batching import SHARED_OPS_MIN, Batcher
+from meterline.quota.server import Server
 
 WINDOW_S = 0.002
 TIMEOUT_S = 0.2
 
 
-class Line:
+class Line(Server):
     """A server that is told how to behave: what it was sent, and what it does with the next calls."""
 
     def __init__(self):

@@ -110,7 +110,7 @@ class Batcher:
         """
         self._moved = moved
         self.availability = Availability(self.ping)
-        self._server = server
+        self.server = server
         self._window_s = window_s
         self._timeout_s = timeout_s
         self._batch_ops_max = batch_ops_max
@@ -169,15 +169,11 @@ class Batcher:
         Raises:
             Unreachable: no answer in time.
         """
-        connection = self._server.new_connection()
         try:
-            async with asyncio.timeout(self._timeout_s):
-                await connection.connect()  # type: ignore[no-untyped-call]  # redis-py's
+            async with self.server.connected(self._timeout_s) as connection:
                 await self._load(connection)
         except (RedisError, OSError, TimeoutError) as error:
             raise Unreachable(_said(error)) from None
-        finally:
-            await connection.disconnect(nowait=True)
 
     async def close(self) -> None:
         """Let what is on its way arrive, within the time a call may take; fail the rest."""
@@ -220,7 +216,7 @@ class Batcher:
         self._filling = []
 
     async def _run_lane(self) -> None:
-        lane = _Lane(self._server.new_connection)
+        lane = _Lane(self.server.new_connection)
         try:
             while True:
                 if not self._has_calls():
@@ -333,7 +329,7 @@ class Batcher:
         return again
 
     async def _load(self, connection: AbstractConnection) -> None:
-        self._digest = await self._server.load_script(connection)
+        self._digest = await self.server.load_script(connection)
         self._heads.clear()
 
     def _packed(self, group: _Group) -> bytes:
@@ -342,7 +338,7 @@ class Batcher:
         if head is None:
             if len(heads) >= CLIENTS_REMEMBERED_MAX:
                 heads.clear()
-            head = heads[group.client_id] = self._server.call_head(self._digest, group.client_id)
+            head = heads[group.client_id] = self.server.call_head(self._digest, group.client_id)
         sources, operations = flattened(group.ops)
         return b"%b$%d\r\n%b\r\n$%d\r\n%b\r\n" % (head, len(sources), sources, len(operations), operations)
 

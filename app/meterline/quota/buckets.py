@@ -58,17 +58,23 @@ GRANTED, EXHAUSTED, ALLOWED, UNAVAILABLE = (
 Policy = Callable[[str], QuotaPolicy]
 
 
-class Carrier(Protocol):
-    """What brings operations to the buckets: `Routes`, or the fake's memory."""
+class Route(Protocol):
+    """What brings operations to one server's buckets: `Batcher`, or the fake's memory."""
 
-    def availability_of(self, client_id: str) -> Availability:
-        """Whether a client's bucket is asked."""
+    availability: Availability
 
     def submit(self, client_id: str, op: operations.Op) -> asyncio.Future[bytes]:
         """See `Batcher.submit`."""
 
     def submit_first(self, client_id: str, op: operations.Op) -> asyncio.Future[bytes]:
         """See `Batcher.submit_first`."""
+
+
+class Carrier(Protocol):
+    """Who knows the way to each bucket: `Routes`, or the fake's memory."""
+
+    def route(self, client_id: str) -> Route:
+        """The one to the server that has the client's bucket."""
 
     async def close(self) -> None:
         """Let what is on its way arrive."""
@@ -96,11 +102,10 @@ class CreditBuckets:
     def __init__(self, carrier: Carrier, policy: Policy, plan: LeasePlan | None) -> None:
         """See `connect`."""
         self._carrier = carrier
-        self._availability_of = carrier.availability_of
-        self._submit = carrier.submit
+        self._route = carrier.route
         self._policy = policy
         self._reservations = Reservations()
-        self._leases = Leases(carrier.submit_first, plan, self._reservations) if plan is not None else None
+        self._leases = Leases(self._submit_first, plan, self._reservations) if plan is not None else None
 
     @classmethod
     def connect(
@@ -375,16 +380,17 @@ class CreditBuckets:
         self, client_id: str, micro: int, reservation_id: str, ttl_s: float
     ) -> Outcome:
         """Ask the bucket."""
-        asked = self._asked(client_id, micro, reservation_id, ttl_s)
-        if not isinstance(asked, str):
-            return asked
+        sent = self._sent(client_id, micro, reservation_id, ttl_s)
+        if not isinstance(sent, asyncio.Future):
+            return sent
         try:
-            answer = await self._submit(client_id, asked)
+            answer = await sent
             lease = self._leases.active.get(client_id) if self._leases is not None else None
             if answer.startswith(b"r ") and lease is not None and lease.free + int(answer[2:]) >= micro:
                 # What this process keeps for itself would be enough.
                 await lease.give_back()
-                answer = await self._submit(client_id, asked)
+                op = operations.reserve(reservation_id, micro, ttl_ms_of(ttl_s))
+                answer = await self._route(client_id).submit(client_id, op)
         except Unreachable as error:
             return self._undecided(client_id, micro, reservation_id, ttl_s, str(error))
         return self._decided(answer, client_id, micro, reservation_id, ttl_s)
@@ -393,13 +399,10 @@ class CreditBuckets:
         self, client_id: str, names: Sequence[str], amounts: Sequence[int], ttl_s: float
     ) -> dict[str, Outcome]:
         """What is not simply reserved."""
-        waiting: list[asyncio.Future[bytes] | Outcome] = []
-        for reservation_id, micro in zip(names, amounts, strict=True):
-            op = self._asked(client_id, micro, reservation_id, ttl_s)
-            try:
-                waiting.append(self._submit(client_id, op) if isinstance(op, str) else op)
-            except Unreachable as error:
-                waiting.append(self._undecided(client_id, micro, reservation_id, ttl_s, str(error)))
+        waiting = [
+            self._sent(client_id, micro, reservation_id, ttl_s)
+            for reservation_id, micro in zip(names, amounts, strict=True)
+        ]
         outcomes: dict[str, Outcome] = {}
         for reservation_id, micro, answer in zip(names, amounts, waiting, strict=True):
             if not isinstance(answer, asyncio.Future):
@@ -412,8 +415,10 @@ class CreditBuckets:
             outcomes[reservation_id] = outcome
         return {name: outcome for name, outcome in outcomes.items() if not is_plain(outcome)}
 
-    def _asked(self, client_id: str, micro: int, reservation_id: str, ttl_s: float) -> Outcome | str:
-        """What to ask the server; or the outcome, where it needn't be asked."""
+    def _sent(
+        self, client_id: str, micro: int, reservation_id: str, ttl_s: float
+    ) -> asyncio.Future[bytes] | Outcome:
+        """The server's answer to come; or the outcome, where it can't or needn't be asked."""
         try:
             self._require_own(client_id, reservation_id)
             ttl_ms = ttl_ms_of(ttl_s)
@@ -423,10 +428,13 @@ class CreditBuckets:
                 return again
         except (ReservationConflict, ReservationLapsed, InvalidReservation) as error:
             return error
-        availability = self._availability_of(client_id)
-        if availability.tripped:
-            return self._undecided(client_id, micro, reservation_id, ttl_s, availability.reason)
-        return operations.reserve(reservation_id, micro, ttl_ms)
+        route = self._route(client_id)
+        if route.availability.tripped:
+            return self._undecided(client_id, micro, reservation_id, ttl_s, route.availability.reason)
+        try:
+            return route.submit(client_id, operations.reserve(reservation_id, micro, ttl_ms))
+        except Unreachable as error:
+            return self._undecided(client_id, micro, reservation_id, ttl_s, str(error))
 
     def _decided(  # noqa: PLR0911 - one for each word a bucket answers
         self, answer: bytes, client_id: str, micro: int, reservation_id: str, ttl_s: float
@@ -468,7 +476,7 @@ class CreditBuckets:
             UNAVAILABLE.inc()
             return QuotaUnavailable(f"credits of {client_id} could not be reserved: {reason}")
         ALLOWED.inc()
-        self._availability_of(client_id).allowed(micro)
+        self._route(client_id).availability.allowed(micro)
         made = Reservation(reservation_id, client_id, micro, ttl_s, 0, done=False, covered=False)
         self._reservations.stand(reservation_id, made)
         return made
@@ -496,13 +504,16 @@ class CreditBuckets:
         return found
 
     async def _ask(self, client_id: str, op: operations.Op) -> bytes:
-        availability = self._availability_of(client_id)
-        if availability.tripped:
-            raise QuotaUnavailable(availability.reason)
+        route = self._route(client_id)
+        if route.availability.tripped:
+            raise QuotaUnavailable(route.availability.reason)
         try:
-            return await self._submit(client_id, op)
+            return await route.submit(client_id, op)
         except Unreachable as error:
             raise QuotaUnavailable(str(error)) from None
+
+    def _submit_first(self, client_id: str, op: operations.Op) -> asyncio.Future[bytes]:
+        return self._route(client_id).submit_first(client_id, op)
 
     def _require_ok(self, answer: bytes) -> None:
         if answer.startswith(b"e "):

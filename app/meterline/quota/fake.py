@@ -131,8 +131,8 @@ class _Memory:
         self.grants = 0
         self._clock = clock
 
-    def availability_of(self, _client_id: str) -> Availability:
-        return self.availability
+    def route(self, _client_id: str) -> Self:
+        return self
 
     def bucket(self, client_id: str) -> Bucket:
         if client_id not in self.buckets:

@@ -17,10 +17,9 @@ from redis.crc import key_slot
 from redis.exceptions import RedisError
 
 from meterline.errors import UserError
-from meterline.quota.availability import Availability, Unreachable
+from meterline.quota.availability import Unreachable
 from meterline.quota.batching import Batcher
 from meterline.quota.keys import SHARDS, shard_of
-from meterline.quota.operations import Op
 from meterline.quota.server import Address, Server
 
 __all__ = ["Routes"]
@@ -36,13 +35,7 @@ log = logging.getLogger("meterline.quota")  # a library's: the program it runs i
 class Routes:
     """What `Batcher` is for one server, for one or several that share the clients."""
 
-    def __init__(
-        self,
-        server: Server,
-        make_batcher: Callable[[Server, Callable[[], None]], Batcher],
-        *,
-        timeout_s: float,
-    ) -> None:
+    def __init__(self, server: Server, make_batcher: MakeBatcher, *, timeout_s: float) -> None:
         """Until others are known, all clients' credits are looked for at this server.
 
         Args:
@@ -50,7 +43,6 @@ class Routes:
             make_batcher: for a server, and what it calls when a client's keys are not there.
             timeout_s: how long one server may take to tell the routes.
         """
-        self._servers: dict[Address, Server] = {server.address: server}
         self._make_batcher = make_batcher
         self._timeout_s = timeout_s
         first = make_batcher(server, self._learn_soon)
@@ -59,20 +51,12 @@ class Routes:
         self._learning: asyncio.Task[None] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
 
-    def submit(self, client_id: str, op: Op) -> asyncio.Future[bytes]:
-        """See `Batcher.submit`."""
-        return self._of_shard[shard_of(client_id)].submit(client_id, op)
-
-    def submit_first(self, client_id: str, op: Op) -> asyncio.Future[bytes]:
-        """See `Batcher.submit_first`."""
-        return self._of_shard[shard_of(client_id)].submit_first(client_id, op)
-
-    def availability_of(self, client_id: str) -> Availability:
-        """Of the server that has the client's keys."""
-        availability = self._of_shard[shard_of(client_id)].availability
-        if availability.tripped:
+    def route(self, client_id: str) -> Batcher:
+        """To the server that has the client's keys."""
+        batcher = self._of_shard[shard_of(client_id)]
+        if batcher.availability.tripped:
             self._learn_soon()
-        return availability
+        return batcher
 
     async def look(self) -> None:
         """Whether credits can be kept at the first server, and who else there is.
@@ -80,9 +64,9 @@ class Routes:
         Raises:
             UserError: a server refuses the password, or can't keep credits safely.
         """
-        (server,), (batcher,) = self._servers.values(), self._batchers.values()
+        (batcher,) = self._batchers.values()
         try:
-            if await server.look(self._timeout_s):
+            if await batcher.server.look(self._timeout_s):
                 await self._learn()
         except Unreachable as error:
             batcher.availability.trip(str(error))
@@ -95,9 +79,9 @@ class Routes:
             UserError: a new one refuses the password, or can't keep credits safely.
         """
         reason = ""
-        for server in self._servers.values():
+        for batcher in self._batchers.values():
             try:
-                of_slots = await server.slots(self._timeout_s)
+                of_slots = await batcher.server.slots(self._timeout_s)
             except (RedisError, OSError, TimeoutError) as error:
                 reason = str(error) or type(error).__name__
                 continue
@@ -114,27 +98,25 @@ class Routes:
         await asyncio.gather(*self._leaving, *(batcher.close() for batcher in self._batchers.values()))
 
     async def _take(self, addresses: list[Address]) -> None:
-        some = next(iter(self._servers.values()))
-        for address in sorted(set(addresses) - self._servers.keys()):
+        some = next(iter(self._batchers.values())).server
+        for address in sorted(set(addresses) - self._batchers.keys()):
             server = some.at(address)
             away = ""
             try:
                 await server.look(self._timeout_s)
             except Unreachable as error:
                 away = str(error)
-            self._servers[address] = server
             batcher = self._batchers[address] = self._make_batcher(server, self._learn_soon)
             if away:
                 batcher.availability.trip(away)
         self._of_shard = [self._batchers[address] for address in addresses]
-        for gone in self._servers.keys() - set(addresses):
-            del self._servers[gone]
+        for gone in self._batchers.keys() - set(addresses):
             leaving = asyncio.get_running_loop().create_task(self._batchers.pop(gone).close())
             self._leaving.add(leaving)
             leaving.add_done_callback(self._leaving.discard)
 
     def _learn_soon(self) -> None:
-        if self._learning is None:
+        if self._learning is None or self._learning.done():
             self._learning = asyncio.get_running_loop().create_task(self._learn_again())
 
     async def _learn_again(self) -> None:
@@ -145,4 +127,3 @@ class Routes:
         except UserError as error:
             log.warning("the ways to clients' credits stay as they are: %s", error)
         await asyncio.sleep(ASK_AGAIN_S)
-        self._learning = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from redis.asyncio.connection import (
@@ -24,7 +25,7 @@ from meterline.quota.scripts import info_fields, rendered, run_id_of
 __all__ = ["Address", "Server", "require_safe"]
 
 Address = tuple[str, int]
-"""Host and port; of a server behind a socket its path and 0."""
+"""Host and port; of a server behind a socket its path, and any port."""
 
 SLOTS = 16_384
 
@@ -78,6 +79,21 @@ class Server:
         connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]  # redis-py's
         return connection
 
+    @asynccontextmanager
+    async def connected(self, timeout_s: float) -> AsyncIterator[AbstractConnection]:
+        """A connection for one exchange.
+
+        Raises:
+            TimeoutError: connecting and what is done with it take longer.
+        """
+        connection = self.new_connection()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await connection.connect()  # type: ignore[no-untyped-call]  # redis-py's
+                yield connection
+        finally:
+            await connection.disconnect(nowait=True)
+
     async def load_script(self, connection: AbstractConnection) -> str:
         """Make the server know the script; its text names the process that runs there now.
 
@@ -113,18 +129,14 @@ class Server:
             UserError: the password is refused, or the server can't keep credits safely.
             Unreachable: it doesn't answer, or is not ready.
         """
-        connection = self.new_connection()
         try:
-            async with asyncio.timeout(timeout_s):
-                await connection.connect()  # type: ignore[no-untyped-call]  # redis-py's
+            async with self.connected(timeout_s) as connection:
                 info = await _info(connection, "everything")
                 masters = await _masters(connection) if info.get("cluster_enabled") == "1" else 1
         except (AuthenticationError, AuthorizationError) as error:
             raise UserError(f"Redis refuses to let us in: {error}") from None
         except (RedisError, OSError, TimeoutError) as error:
             raise Unreachable(str(error) or type(error).__name__) from None
-        finally:
-            await connection.disconnect(nowait=True)
         if info.get("loading", "0") != "0":
             # Until its file is read it says that it keeps none.
             raise Unreachable("Redis was started and is still loading")
@@ -141,16 +153,11 @@ class Server:
         Raises:
             RedisError, OSError, TimeoutError: it doesn't tell, or not all of it.
         """
-        connection = self.new_connection()
-        try:
-            async with asyncio.timeout(timeout_s):
-                await connection.connect()  # type: ignore[no-untyped-call]  # redis-py's
-                if (await _info(connection, "cluster")).get("cluster_enabled") != "1":
-                    return {}
-                await connection.send_command("CLUSTER", "SLOTS", check_health=False)
-                ranges = await connection.read_response(disable_decoding=True)
-        finally:
-            await connection.disconnect(nowait=True)
+        async with self.connected(timeout_s) as connection:
+            if (await _info(connection, "cluster")).get("cluster_enabled") != "1":
+                return {}
+            await connection.send_command("CLUSTER", "SLOTS", check_health=False)
+            ranges = await connection.read_response(disable_decoding=True)
         return self._addresses(ranges)
 
     def _addresses(self, ranges: Sequence[Any]) -> Mapping[int, Address]:
