@@ -228,6 +228,16 @@ def test_an_insert_that_the_server_refuses_is_no_success_and_stores_nothing(clie
     assert client.execute("SELECT count() FROM t") == [(0,)]
 
 
+def test_of_an_inserts_data_nothing_is_taken_for_a_cancel(client):
+    """Byte 3 is how a client cancels. While megabytes of it arrive the server looks for that many times; of a
+    cancelled query the refusal would not be told.
+    """
+    client.execute("CREATE TABLE t (a String, CONSTRAINT empty CHECK a = '') ENGINE = MergeTree ORDER BY a")
+    column = [1_000 * "\x03"] * 20_000
+
+    assert refusal(client, "INSERT INTO t VALUES", params=[column], columnar=True) == 469
+
+
 def test_acknowledged_inserts_survive_a_killed_server(tmp_path):
     """SIGKILL amid inserts: every acknowledged batch is there; the one under way is whole or absent."""
     ports = Ports.free()

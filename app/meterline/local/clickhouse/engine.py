@@ -104,13 +104,15 @@ class Session:
         computed = ("MATERIALIZED", "ALIAS", "EPHEMERAL")
         return [(name, type_name) for name, type_name, kind, *_ in described if kind not in computed]
 
-    def insert(self, table: str, columns: Sequence[tuple[str, str]], blocks: Iterable[bytes]) -> None:
+    def insert(self, table: str, columns: Sequence[tuple[str, str]], blocks: Sequence[bytes]) -> None:
         """Insert Native blocks of these columns, names and types; all of them or nothing.
 
         When this returns the rows survive a killed process. The engine reads them as a file, because chDB's
         own `send_insert` (4.4) reports success when the table refuses the rows: a broken constraint, too many
         partitions, a time limit.
         """
+        if not blocks:
+            return
         names = ", ".join(_quoted(name) for name, _ in columns)
         structure = ", ".join(f"{_quoted(name)} {type_name}" for name, type_name in columns)
         with _as_file(blocks) as path:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from meterline.local.clickhouse.blocks import header_block, header_of, skip_block, split_blocks
 from meterline.local.clickhouse.columns import UnknownTypeError
@@ -110,9 +112,11 @@ class Client:
         try:
             query = self._read_query()
             self._session.apply(query.settings)
+            insert = INSERT.fullmatch(query.sql)
+            work = self._receive_insert(insert) if insert else partial(self._run, query.sql)
             with self._watcher.watching(self._peer, self._session) as watch:
                 try:
-                    self._run(query.sql)
+                    work()
                 except EngineError:
                     if not watch.cancelled:
                         raise
@@ -124,9 +128,7 @@ class Client:
             raise ConnectionError("the rest of the insert can't be read") from None
 
     def _run(self, sql: str) -> None:
-        if insert := INSERT.fullmatch(sql):
-            self._insert(insert)
-        elif SELECT.match(sql):
+        if SELECT.match(sql):
             self._select(sql)
         else:
             blocks = list(split_blocks(self._session.query(sql)))
@@ -139,8 +141,8 @@ class Client:
         for block in self._session.stream(sql):
             self._send_block(block)
 
-    def _insert(self, parsed: re.Match[str]) -> None:
-        """Send the header, receive blocks until the empty one, hand them to the engine as they are."""
+    def _receive_insert(self, parsed: re.Match[str]) -> Callable[[], None]:
+        """Send the header, receive blocks until the empty one; what hands them to the engine as they are."""
         table = parsed["table"]
         types = dict(self._session.header(table))
         names = [name.strip().strip('`"') for name in (parsed["columns"] or "").split(",") if name.strip()]
@@ -149,8 +151,8 @@ class Client:
         names = names or list(types)
         self._send_block(header_block([(name, types[name]) for name in names]))
         blocks = list(iter(self._receive_block, b""))
-        if blocks:
-            self._session.insert(table, [(name, types[name]) for name in names], blocks)
+        columns = [(name, types[name]) for name in names]
+        return partial(self._session.insert, table, columns, blocks)
 
     def _read_query(self) -> Query:
         reader = self._reader

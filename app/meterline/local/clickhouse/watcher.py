@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from meterline.local.clickhouse.engine import Engine, Session
 
-__all__ = ["Watch", "Watcher"]
+__all__ = ["Watch", "Watcher", "peek"]
 
 POLL_INTERVAL_S = 0.1
 """A cancelled query runs on for at most this long."""
@@ -30,7 +30,10 @@ class Watch:
 
 
 class Watcher:
-    """One thread for all clients: a thread that waits for the engine can't read its socket."""
+    """One thread for all clients: a thread that waits for the engine can't read its socket.
+
+    It may watch only while nobody reads the socket. Of an insert's data it would take a byte for a cancel.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -63,14 +66,19 @@ class Watcher:
                 readable.register(number, select.POLLIN)
         for number, _ in readable.poll(0):
             watch = self._watches[number]
-            if _peek(watch.peer) in (b"", CANCEL_PACKET):
+            if peek(watch.peer) in (b"", CANCEL_PACKET):
                 watch.cancelled = True
                 self._engine.kill(watch.session)
 
 
-def _peek(peer: socket.socket) -> bytes:
-    """The next byte without taking it; none when the client is gone."""
+def peek(peer: socket.socket) -> bytes | None:
+    """The next byte without taking it; empty when the client is gone, None when there is nothing.
+
+    Never waits: it would with the lock in hand, and every client's query with it.
+    """
     try:
-        return peer.recv(1, socket.MSG_PEEK)
+        return peer.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return None
     except OSError:
         return b""
