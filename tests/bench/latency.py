@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 from confluent_kafka import Producer
 from tests.bench.measured import START_TIMEOUT_S, is_ready, started, worker_command
-from tests.bench.workload import make_workload
+from tests.bench.workload import PARTITIONS, make_workload
 from tests.stacks import running_stack
 
 from meterline.contracts.topics import USAGE_EVENTS
@@ -35,7 +35,12 @@ WARM_UP_S = 5.0
 BEAT_S = 0.002
 ASK_INTERVAL_S = 0.010
 VISIBLE_WITHIN_S = 30.0
-VISIBLE = "SELECT partition, max(offset) FROM events GROUP BY partition"
+VISIBLE = """
+SELECT partition, max(offset), toUnixTimestamp64Milli(max(appended_at))
+FROM events WHERE appended_at >= fromUnixTimestamp64Milli(%(since)s, 'UTC') GROUP BY partition
+"""
+"""Parts that end before are left out unread. A question that reads all of them costs 70 ms of CPU time, which
+it takes from those it observes."""
 
 Seen = dict[int, list[tuple[int, float]]]
 """By partition: newest offset of an answer, and when it came. Both rise."""
@@ -51,11 +56,15 @@ class Asker(threading.Thread):
         self._client = connect(settings)
 
     def run(self) -> None:
+        newest: dict[int, int] = {}
         while not self.enough.wait(ASK_INTERVAL_S):
-            answer = self._client.execute(VISIBLE)
+            # In a partition append times never fall: what wasn't seen yet is no older than what was.
+            since = min(newest.values()) if len(newest) == PARTITIONS else 0
+            answer = self._client.execute(VISIBLE, {"since": since})
             now = time.monotonic()
-            for partition, offset in answer:
+            for partition, offset, appended_at in answer:
                 self.seen[partition].append((offset, now))
+                newest[partition] = appended_at
         self._client.disconnect()
 
 
