@@ -6,13 +6,13 @@ Faust's per-message path costs about 70 microseconds a message; a chunk pays it 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from faust.serializers.schemas import Schema
 
 from meterline.streaming.batches import BatchedRecords, RawBatch
 
-__all__ = ["CHUNK_RECORDS_MAX", "RecordChunk", "RecordChunkSchema", "split_into_chunks"]
+__all__ = ["CHUNK_RECORDS_MAX", "ChunkRange", "RecordChunk", "RecordChunkSchema", "split_into_chunks"]
 
 CHUNK_RECORDS_MAX = 5_000
 """Records in one chunk: about 50 ms of work, so that heartbeats and flushes keep their turn on the loop."""
@@ -21,19 +21,32 @@ BATCHED_RECORDS_MAX = 20_000
 """The same where whole batches are delivered, which take a tenth of the work. A batch is never cut."""
 
 
+class ChunkRange(NamedTuple):
+    """What a chunk covers.
+
+    Attributes:
+        first_offset: every record from here to `offset` is in the chunk, or is no data (control records and
+            aborted transactions leave gaps in the offsets).
+        offset: the last record's offset.
+    """
+
+    partition: int
+    first_offset: int
+    offset: int
+
+
 class RecordChunk:
     """Records of one partition that follow one another, in the shape Faust expects of a single record.
 
     Attributes:
-        value: the chunk itself, and its records: a list, or `BatchedRecords`.
-        first_offset: every record from here to `offset` is in this chunk, or is no data (control records and
-            aborted transactions leave gaps in the offsets).
+        value: what it covers, and its records: a list, or `BatchedRecords`. Faust hands it on untouched
+            (RecordChunkSchema). Not the chunk itself: a chunk that held itself would keep the answer of the
+            broker it was cut from, up to some megabytes, until the collector looks for cycles.
         offset: the last record's offset.
     """
 
     __slots__ = (
         "checksum",
-        "first_offset",
         "headers",
         "key",
         "offset",
@@ -49,14 +62,12 @@ class RecordChunk:
     def __init__(self, first_offset: int, records: Iterable[Any], last: Any) -> None:
         self.topic: str = last.topic
         self.partition: int = last.partition
-        self.first_offset = first_offset
         self.offset: int = last.offset
         self.timestamp: int = last.timestamp
         self.timestamp_type = last.timestamp_type
         self.headers: tuple[()] = ()
         self.key = None
-        # Faust hands `value` on untouched (RecordChunkSchema), so the chunk itself travels in it.
-        self.value = (self, records)
+        self.value = (ChunkRange(last.partition, first_offset, last.offset), records)
         self.checksum = None
         self.serialized_key_size = 0
         self.serialized_value_size = 0
