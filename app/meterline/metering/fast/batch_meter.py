@@ -29,7 +29,7 @@ from meterline.metering.fast.fold import (
 from meterline.metering.fast.hashing import HASH_FIELDS, IDENTITY_LOW, Scratch, hash_records
 from meterline.metering.fast.index import ArrayIndex
 from meterline.metering.fast.memory import PADDING_BYTES
-from meterline.metering.fast.rows import Names, Rows
+from meterline.metering.fast.rows import SPARE_MAX, Names, Rows
 from meterline.metering.fast.scan import (
     B_START,
     BATCH,
@@ -106,6 +106,8 @@ class BatchMeter(Meter):
         self._index = seen
         self._scratch = Scratch().arrays()
         self._work = _Work(0)
+        self._largest_chunk = 0
+        """Records of the largest chunk of this flush."""
         self._largest_sum = self._widest = UNKNOWN
         self._length = meta.lengths.newest.length_ms
         super().__init__(partition, settings, decode, meta, seen)
@@ -115,6 +117,9 @@ class BatchMeter(Meter):
         self._encoded = Rows(self._encoded)
         for names in (self._clients, self._skus, self._sources):
             names.clear()
+        if self._work.size > SPARE_MAX * self._largest_chunk:
+            self._work = _Work(self._largest_chunk)
+        self._largest_chunk = 0
 
     # -- restore, and what the ledger knows: the bounds below are asked anew
 
@@ -173,6 +178,7 @@ class BatchMeter(Meter):
             table[number] = (at, end, batch.count, batch.base_offset, batch.timestamp, batch.timestamp_type)
             at = end
             count += batch.count
+        self._largest_chunk = max(self._largest_chunk, count)
         if count > self._work.size:
             self._settle()
             self._work = _Work(count)
@@ -365,7 +371,7 @@ class BatchMeter(Meter):
 
 
 class _Work:
-    """What the kernels write for one chunk, kept for the next one."""
+    """What the kernels write for one chunk, kept for the next one, as long as that is not much smaller."""
 
     def __init__(self, size: int) -> None:
         """For chunks of up to so many records."""

@@ -81,7 +81,12 @@ class ArrayIndex:
         ids = self.slots[self.slots[:, ID_TIME] != NO_TIME]
         columns = ids[:, ID_LOW], ids[:, ID_HIGH], ids[:, ID_DIGEST], ids[:, ID_TIME]
         self._files.append(columns, now)
-        self.slots[:, ID_TIME] = NO_TIME  # the next slice will want as many
+        # The next slice will want as many: of one that took in a backlog, the room is not kept.
+        slots = max(SLOTS_MIN, _power_of_two(2 * self.taken))
+        if slots < len(self.slots):
+            self.slots = _empty(slots)
+        else:
+            self.slots[:, ID_TIME] = NO_TIME
         self.taken = 0
 
     def make_room(self, more: int, appended_at: int) -> None:

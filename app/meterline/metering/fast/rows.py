@@ -36,10 +36,14 @@ from meterline.metering.fast.fold import (
 from meterline.metering.fast.memory import PADDING_BYTES
 from meterline.metering.fast.scan import code_again
 
-__all__ = ["Names", "Rows"]
+__all__ = ["SPARE_MAX", "Names", "Rows"]
 
 ROWS_MIN = 1 << 10
 BYTES_MIN = 1 << 16
+
+SPARE_MAX = 4
+"""Arrays that are more than so many times as large as what was wanted of them are given up for smaller ones:
+a backlog fills a flush with a hundred times as much as the next ones will hold."""
 
 LENGTH_BYTES = 2
 """Of a text of up to 4,096 bytes, before it."""
@@ -60,9 +64,17 @@ class Names:
         self._starts = np.zeros(ROWS_MIN, np.int64)
         self._count = np.zeros(1, np.int64)
         self._known: list[str] = []
+        self._wanted = [0, 0]
+        """Texts and bytes for which there had to be room since the last `clear`."""
 
     def clear(self) -> None:
         """Begin anew: a dictionary is as large as one flush makes it."""
+        texts, text_bytes = self._wanted
+        self._wanted = [0, 0]
+        self._texts = _fitting(self._texts, max(text_bytes, BYTES_MIN))
+        self._starts = _fitting(self._starts, max(texts, ROWS_MIN))
+        self._starts[0] = 0
+        self._table = _fitting(self._table, _power_of_two(2 * max(texts, ROWS_MIN)))
         self._table.fill(-1)
         self._count[0] = 0
         self._known = []
@@ -71,8 +83,10 @@ class Names:
         """The arrays, with room for so many more texts, in the order the kernel takes them."""
         count = int(self._count[0])
         end = int(self._starts[count])
-        self._texts = _grown(self._texts, end, end + more_bytes + LENGTH_BYTES * more + PADDING_BYTES)
-        self._starts = _grown(self._starts, count + 1, count + more + 1)
+        wanted = [count + more + 1, end + more_bytes + LENGTH_BYTES * more + PADDING_BYTES]
+        self._starts = _grown(self._starts, count + 1, wanted[0])
+        self._texts = _grown(self._texts, end, wanted[1])
+        self._wanted = list(map(max, self._wanted, wanted))
         if (count + more) * 2 > len(self._table):
             self._rehash((count + more) * 2)
         return self._table, self._texts, self._starts, self._count
@@ -93,7 +107,7 @@ class Names:
 
     def _rehash(self, slots: int) -> None:
         """A larger table; its entries are found again by reading the texts once more."""
-        self._table = np.full(1 << (slots - 1).bit_length(), -1, np.int32)
+        self._table = np.full(_power_of_two(slots), -1, np.int32)
         code_again(self._table, self._texts, self._starts, int(self._count[0]))
 
 
@@ -101,14 +115,16 @@ class Rows:
     """Rows as they come in. Thrown away after their flush: who sends the block may take its time."""
 
     def __init__(self, like: Rows | None = None) -> None:
-        """As large as the ones before, so that they seldom grow."""
-        n = ROWS_MIN if like is None else like._longs.shape[1]  # noqa: SLF001 - its own class
+        """With the room that was wanted of the ones before: they seldom grow, and do not stay large."""
+        n, *sizes = [0] * 6 if like is None else like._wanted  # noqa: SLF001 - its own class
+        n = _power_of_two(max(n, ROWS_MIN))
+        self._wanted = [0] * 6
+        """Rows and bytes of each text for which there had to be room."""
         self._longs: Any = np.empty((ROW_LONGS, n), np.int64)
         self._codes = np.empty((ROW_CODES, n), np.int32)
         self._flags = np.empty((ROW_FLAGS, n), np.uint8)
         self._filled = np.zeros(FILLED_FIELDS, np.int64)
-        sizes = [BYTES_MIN] * 5 if like is None else [len(column) for column in like._texts]  # noqa: SLF001 - its own class
-        self._texts: list[Any] = [np.empty(size, np.uint8) for size in sizes]
+        self._texts: list[Any] = [np.empty(_power_of_two(max(size, BYTES_MIN)), np.uint8) for size in sizes]
 
     def __len__(self) -> int:
         return int(self._filled[ROWS])
@@ -116,14 +132,15 @@ class Rows:
     def lend(self, more: int, more_bytes: int) -> tuple[Any, ...]:
         """The arrays in the order the kernel takes them, with room for more rows of so many bytes."""
         count = len(self)
+        ends = self._filled[EVENT_BYTES : EVENT_BYTES + 5].tolist()
+        wanted = [count + more, *(end + more_bytes + LENGTH_BYTES * more for end in ends)]
+        self._wanted = list(map(max, self._wanted, wanted))
         if count + more > self._longs.shape[1]:
             size = max(count + more, 2 * self._longs.shape[1])
             self._longs = _wider(self._longs, count, size)
             self._codes = _wider(self._codes, count, size)
             self._flags = _wider(self._flags, count, size)
-        for number in range(5):
-            end = int(self._filled[EVENT_BYTES + number])
-            self._texts[number] = _grown(self._texts[number], end, end + more_bytes + LENGTH_BYTES * more)
+        self._texts = list(map(_grown, self._texts, ends, wanted[1:]))
         return self._longs, self._codes, self._flags, self._filled, *self._texts
 
     def block(
@@ -197,6 +214,15 @@ def _grown(array: Any, used: int, needed: int) -> Any:
     larger = np.empty(max(needed, 2 * len(array)), array.dtype)
     larger[:used] = array[:used]
     return larger
+
+
+def _fitting(array: Any, wanted: int) -> Any:
+    """The array, or an empty one of the size that is wanted if it is much larger than that."""
+    return array if len(array) <= SPARE_MAX * wanted else np.empty(wanted, array.dtype)
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()
 
 
 def _wider(table: Any, used: int, size: int) -> Any:
