@@ -29,7 +29,13 @@ from meterline.streaming.consumer import ChunkTransport, read_whole_answers
 from meterline.streaming.engine import Engine, EngineLimits
 from meterline.streaming.fatal import die, remember_exits
 from meterline.streaming.log_ranges import topic_partition_counts
-from meterline.streaming.memory import keep_memory, look_seldom_for_cycles, taking_over_state
+from meterline.streaming.memory import (
+    GIVE_BACK_INTERVAL_S,
+    give_back_memory,
+    keep_memory,
+    look_seldom_for_cycles,
+    taking_over_state,
+)  # fmt: skip
 from meterline.streaming.owner import PartitionOwner
 from meterline.streaming.tables import CommittedTable, CommittedTables
 
@@ -203,6 +209,10 @@ def build_app(plan: WorkerPlan, settings: Settings) -> WorkerApp:
         while not app.should_stop:
             app.turned_at = time.monotonic()
             await asyncio.sleep(1.0)
+
+    @app.timer(GIVE_BACK_INTERVAL_S)  # type: ignore[untyped-decorator]
+    async def give_back() -> None:
+        give_back_memory()
 
     _add_pages(app)
     return app

@@ -7,7 +7,13 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["keep_memory", "look_seldom_for_cycles", "taking_over_state"]
+__all__ = [
+    "GIVE_BACK_INTERVAL_S",
+    "give_back_memory",
+    "keep_memory",
+    "look_seldom_for_cycles",
+    "taking_over_state",
+]
 
 GC_THRESHOLDS = (50_000, 20, 20)
 """New objects between two looks for cycles, and how often the older ones are looked at too."""
@@ -22,6 +28,9 @@ BLOCK_BYTES_MAX = 32 << 20
 KEPT_BYTES_MAX = 256 << 20
 """Free memory beyond this goes back to the system. A worker that is behind turns over less in a flush."""
 
+GIVE_BACK_INTERVAL_S = 60.0
+"""Hundreds of flushes long: what they share is asked for again in one that takes milliseconds more."""
+
 
 def keep_memory() -> None:
     """Let free memory wait for the next fetch and flush, which are about as large as the one before.
@@ -35,6 +44,18 @@ def keep_memory() -> None:
         return
     mallopt(M_MMAP_THRESHOLD, BLOCK_BYTES_MAX)
     mallopt(M_TRIM_THRESHOLD, KEPT_BYTES_MAX)
+
+
+def give_back_memory() -> None:
+    """Give free memory back to the system after all: the counterpart of `keep_memory`, for now and then.
+
+    Otherwise a worker stays for ever as large as one backlog, or one stall of the machine, has made it.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):
+        return
+    trim(0)
 
 
 def look_seldom_for_cycles() -> None:
