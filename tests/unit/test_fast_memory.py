@@ -1,4 +1,3 @@
-# ruff: noqa: E402 - the extra may be missing, and then nothing of it can be imported
 """What a fast meter holds in memory, counted by Python's own allocator."""
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ class Flow:
 
 
 def test_a_backlog_is_not_remembered_in_bytes():
-    """The room one large flush wanted is given up by the next ones: a stall of a moment would stay for ever."""
+    """The room one large flush wanted is given up by the next: a moment's stall would stay for ever."""
     factory.warm_up()  # the compiler's memory is not the meter's
     tracemalloc.start()
     try:

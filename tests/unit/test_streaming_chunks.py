@@ -19,8 +19,9 @@ def without_collector():
     gc.enable()
 
 
-def test_a_chunk_goes_with_the_last_who_holds_it(without_collector):
-    """Its batches are views of the broker's answer, megabytes: a worker looks for cycles too seldom for that."""
+@pytest.mark.usefixtures("without_collector")
+def test_a_chunk_goes_with_the_last_who_holds_it():
+    """Its batches are views of the broker's answer, megabytes: cycles are looked for too seldom for that."""
     answer = kafka_batches.batch(0, [(offset, 1, b"k", b"v", []) for offset in range(10)])
     chunks = list(split_into_chunks(0, kafka_batches.batches_of(answer)))
     records = weakref.ref(chunks[0].value[1])

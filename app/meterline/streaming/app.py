@@ -258,6 +258,7 @@ def run_worker(app: WorkerApp, log_level: str = "info") -> None:
     Raises:
         UserError: a topic is missing or has the wrong partition count, or the web port is taken.
     """
+    keep_memory()
     configure_logs(log_level)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_no_lifecycle_chatter)
@@ -269,7 +270,6 @@ def run_worker(app: WorkerApp, log_level: str = "info") -> None:
     threading.current_thread().name = app.plan.name
     remember_exits(Path(app.conf.datadir))
     look_seldom_for_cycles()
-    keep_memory()
     faust.Worker(app, loglevel=log_level, override_logging=False, quiet=True).execute_from_commandline()
 
 

@@ -19,7 +19,7 @@ GC_THRESHOLDS = (50_000, 20, 20)
 """New objects between two looks for cycles, and how often the older ones are looked at too."""
 NEVER = 1 << 30
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Parameters of glibc's mallopt."""
 
 BLOCK_BYTES_MAX = 32 << 20
@@ -28,15 +28,20 @@ BLOCK_BYTES_MAX = 32 << 20
 KEPT_BYTES_MAX = 256 << 20
 """Free memory beyond this goes back to the system. A worker that is behind turns over less in a flush."""
 
+ARENAS_MAX = 1
+"""What one thread lets go of is there for the next one. With an arena for each, the end of all but the first
+is never given back. Threads that take turns at Python's lock seldom meet at an arena's."""
+
 GIVE_BACK_INTERVAL_S = 60.0
-"""Hundreds of flushes long: what they share is asked for again in one that takes milliseconds more."""
+"""Some hundred flushes long: what they share is asked for again in one that takes some milliseconds more."""
 
 
 def keep_memory() -> None:
     """Let free memory wait for the next fetch and flush, which are about as large as the one before.
 
     As it is, glibc gives each megabyte back to the system at once, which has to hand it out again page by
-    page, cleared: a sixth of a fast worker's time. Elsewhere than on glibc this does nothing.
+    page, cleared: a sixth of a fast worker's time. Elsewhere than on glibc this does nothing. To be called
+    before there are threads: they keep the arenas they have.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -44,6 +49,7 @@ def keep_memory() -> None:
         return
     mallopt(M_MMAP_THRESHOLD, BLOCK_BYTES_MAX)
     mallopt(M_TRIM_THRESHOLD, KEPT_BYTES_MAX)
+    mallopt(M_ARENA_MAX, ARENAS_MAX)
 
 
 def give_back_memory() -> None:
