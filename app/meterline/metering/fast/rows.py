@@ -116,10 +116,10 @@ class Rows:
 
     def __init__(self, like: Rows | None = None) -> None:
         """With the room that was wanted of the ones before: they seldom grow, and do not stay large."""
-        n, *sizes = [0] * 6 if like is None else like._wanted  # noqa: SLF001 - its own class
-        n = _power_of_two(max(n, ROWS_MIN))
         self._wanted = [0] * 6
         """Rows and bytes of each text for which there had to be room."""
+        n, *sizes = self._wanted if like is None else like._wanted  # noqa: SLF001 - its own class
+        n = _power_of_two(max(n, ROWS_MIN))
         self._longs: Any = np.empty((ROW_LONGS, n), np.int64)
         self._codes = np.empty((ROW_CODES, n), np.int32)
         self._flags = np.empty((ROW_FLAGS, n), np.uint8)
