@@ -12,10 +12,13 @@ from meterline.contracts.records import (
     event_to_record,
     snapshot_from_record,
     snapshot_to_record,
+    total_to_record,
 )
+from meterline.contracts.sums_writer import snapshot_to_avro, total_to_avro
 from meterline.contracts.versions import schema_names
 from meterline.domain.events import Correction, CorrectionKind, UsageEvent
 from meterline.domain.reasons import Reason
+from meterline.domain.totals import UsageTotal
 from meterline.domain.windows import SkuTotal, WindowRef, WindowSnapshot
 from meterline.errors import DeadLetterError
 
@@ -42,7 +45,7 @@ EVENTS = st.builds(
     billable=st.booleans(),
     corrects=st.none() | CORRECTIONS,
 )
-TOTALS = st.builds(SkuTotal, LONG, LONG, LONG, LONG)
+TOTALS = st.builds(SkuTotal, LONG, LONG, LONG, LONG) | st.builds(SkuTotal, LONG, LONG)
 REFS = st.builds(WindowRef, TEXT, st.integers(0, 2**40), st.integers(2**40 + 1, 2**41), TEXT, INT)
 SNAPSHOTS = st.builds(
     WindowSnapshot, REFS, LONG, st.dictionaries(TEXT, TOTALS, max_size=5), closed_at=LONG, watermark=LONG
@@ -107,6 +110,22 @@ def test_equal_snapshots_have_equal_bytes(snapshot):
     codec = CODECS["usage-window"]
 
     assert codec.encode(snapshot_to_record(snapshot)) == codec.encode(snapshot_to_record(turned))
+
+
+@given(SNAPSHOTS)
+def test_a_snapshot_is_written_as_its_record_is(snapshot):
+    """What metering writes without a record in between are the codec's bytes."""
+    codec = CODECS["usage-window"]
+
+    assert codec.encode(snapshot_to_record(snapshot)) == codec.head() + snapshot_to_avro(snapshot)
+
+
+@given(st.builds(UsageTotal, TEXT, INT, TEXT, LONG, TOTALS))
+def test_a_total_is_written_as_its_record_is(total):
+    """The same for totals."""
+    codec = CODECS["usage-total"]
+
+    assert codec.encode(total_to_record(total)) == codec.head() + total_to_avro(total)
 
 
 @given(st.binary(max_size=64), st.integers(1, 500))

@@ -66,12 +66,8 @@ class RecordCodec:
         self._registry = SchemaRegistry(registry_url) if registry_url else None
         self._head = b"" if self._registry else SINGLE_OBJECT + self.newest.fingerprint
 
-    def encode(self, record: dict[str, Any], *, trusted: bool = False) -> bytes:
+    def encode(self, record: dict[str, Any]) -> bytes:
         """Frame and bytes of a record.
-
-        Args:
-            trusted: every number is an integer by construction, such as a sum of decoded ones: the check of
-                each field, half of the time, is left out.
 
         Raises:
             ValueError: the record doesn't fit the schema, e.g. credits that are no integer.
@@ -79,11 +75,10 @@ class RecordCodec:
             UserError: the registry doesn't know the schema.
         """
         stream = BytesIO()
-        stream.write(self._head or self._registered_head())
+        stream.write(self.head())
         try:
             # The writer alone would truncate a float to an integer, silently: money needs the check.
-            if not trusted:
-                validate(record, self._schema, strict=True)
+            validate(record, self._schema, strict=True)
             schemaless_writer(stream, self._schema, record, strict_allow_default=True)
         except Exception as error:  # each of its many errors says the same: this record doesn't fit
             raise ValueError(f"this is no {self.name} record: {error}") from error
@@ -115,6 +110,15 @@ class RecordCodec:
         if (end := stream.tell()) != len(data):
             raise DeadLetterError(Reason.UNDECODABLE, f"{len(data) - end} bytes behind the {self.name}")
         return cast("dict[str, Any]", record)
+
+    def head(self) -> bytes:
+        """What stands in front of a record of the newest version.
+
+        Raises:
+            RetryLater: the registry is away.
+            UserError: the registry doesn't know the schema.
+        """
+        return self._head or self._registered_head()
 
     def heads(self, version: int) -> list[bytes]:
         """What may stand in front of a record of a version: its fingerprint, a registry id met before."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 __all__ = ["partition_for"]
 
 _MASK = 0xFFFFFFFF
 _M = 0x5BD1E995
 _SEED = 0x9747B28C
 
+KEYS_MAX = 16_384
+"""Keys whose partition is remembered: a worker's busy clients, in a few megabytes."""
 
+
+@lru_cache(KEYS_MAX)
 def partition_for(key: bytes, partitions: int) -> int:
     """The partition of a key: murmur2 as in Java's default partitioner and librdkafka's `murmur2`."""
     return (_murmur2(key) & 0x7FFFFFFF) % partitions

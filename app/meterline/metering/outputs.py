@@ -7,10 +7,9 @@ from meterline.contracts.partitioner import partition_for
 from meterline.contracts.records import (
     progress_key,
     progress_to_record,
-    snapshot_to_record,
     total_key,
-    total_to_record,
 )
+from meterline.contracts.sums_writer import snapshot_to_avro, total_to_avro
 from meterline.contracts.topics import USAGE_TOTALS, USAGE_WINDOWS
 from meterline.domain.totals import UsageProgress, UsageTotal
 from meterline.domain.windows import WindowSnapshot
@@ -22,14 +21,14 @@ __all__ = ["progress_output", "total_output", "window_output"]
 def window_output(snapshot: WindowSnapshot, codec: RecordCodec, partitions: int) -> Output:
     """A snapshot; all windows of a client meet in one of the `partitions`."""
     key = snapshot.ref.client_id.encode()
-    value = codec.encode(snapshot_to_record(snapshot), trusted=True)
+    value = codec.head() + snapshot_to_avro(snapshot)
     return Output(USAGE_WINDOWS, partition_for(key, partitions), key, value)
 
 
 def total_output(total: UsageTotal, codec: RecordCodec) -> Output:
     """A running total; it keeps its source partition."""
     key = total_key(total.topic_id, total.partition, total.client_id)
-    return Output(USAGE_TOTALS, total.partition, key, codec.encode(total_to_record(total), trusted=True))
+    return Output(USAGE_TOTALS, total.partition, key, codec.head() + total_to_avro(total))
 
 
 def progress_output(progress: UsageProgress, codec: RecordCodec) -> Output:
