@@ -264,6 +264,8 @@ def _settings() -> dict[str, str]:
             default = value.get_secret_value() if isinstance(value, SecretStr) else value
             if isinstance(default, datetime):
                 default = default.isoformat().replace("+00:00", "Z")
+            if default is None:
+                default = ""
             word = str(default).lower() if isinstance(default, bool) else str(default)
             found[f"METERLINE_{section}__{name}".upper()] = f"`{word}`" if word else "empty"
     return found

@@ -31,6 +31,9 @@ __all__ = ["create_app"]
 
 WEB_PORT = 6066
 
+PENDING_EVENTS_PLAIN, PENDING_EVENTS_FAST = 60_000, 200_000
+"""The most that is pending where the settings don't say: 60 to 80 MB."""
+
 
 def create_app(settings: Settings) -> WorkerApp:
     """The Faust app of a metering worker."""
@@ -77,7 +80,8 @@ def create_app(settings: Settings) -> WorkerApp:
             other_topics=(USAGE_WINDOWS, USAGE_TOTALS, USAGE_EVENTS_DLQ),
             limits=EngineLimits(
                 flush_interval_s=metering.flush_interval_ms / 1000,
-                pending_max=metering.pending_events_max,
+                pending_max=metering.pending_events_max
+                or (PENDING_EVENTS_PLAIN if fast is None else PENDING_EVENTS_FAST),
                 idle_after_s=metering.idle_after_ms / 1000,
             ),
             web_port=WEB_PORT,
