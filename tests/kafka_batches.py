@@ -44,10 +44,10 @@ def records_of(data, first_offset=0, partition=0):
     return list(walk(tp, memory(data), [], first_offset, None, None, True, 1))  # noqa: FBT003 - aiokafka's
 
 
-def batches_of(data, first_offset=0, partition=0):
+def batches_of(data, first_offset=0, partition=0, checksum=calc_crc32c):
     """What ours make of it."""
     tp = TopicPartition(TOPIC, partition)
-    batches._topics_in_batches.add(TOPIC)
+    batches._topics_in_batches[TOPIC] = checksum
     kept = batches._KeptRecords(data)
     return list(batches._BatchesOfPartition(tp, kept, [], first_offset, None, None, True, 1))  # noqa: FBT003 - aiokafka's
 

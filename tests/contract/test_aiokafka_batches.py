@@ -7,11 +7,15 @@ import inspect
 import pytest
 from aiokafka.consumer import fetcher
 from aiokafka.errors import CorruptRecordException
+from aiokafka.record.util import calc_crc32c
 from tests import kafka_batches
 from tests.kafka_batches import CODECS
 
+from meterline.metering.fast import load_fast_path
 from meterline.streaming.batches import BatchedRecords, RawBatch, keep_batches_whole
 
+FAST = load_fast_path()
+CHECKSUMS = [calc_crc32c, *filter(None, [FAST and FAST.fast_crc32c()])]
 RECORDS = [(offset, 1_000 + offset, b"k", b"v" * offset, [("h", b"x")]) for offset in range(5, 25)]
 
 
@@ -53,13 +57,16 @@ def test_a_batch_holds_the_same_records(codec, append_time):
     ]
 
 
-def test_a_broken_checksum_is_noticed():
+@pytest.mark.parametrize("checksum", CHECKSUMS)
+def test_a_broken_checksum_is_noticed(checksum):
     """A flipped bit on the way is no poison record: it is fetched again."""
     data = bytearray(kafka_batches.batch(5, RECORDS))
+    (whole,) = kafka_batches.batches_of(bytes(data), checksum=checksum)
     data[100] ^= 1
 
+    assert whole.count == len(RECORDS)
     with pytest.raises(CorruptRecordException):
-        kafka_batches.batches_of(bytes(data))
+        kafka_batches.batches_of(bytes(data), checksum=checksum)
 
 
 def test_other_topics_get_records(monkeypatch):

@@ -13,9 +13,12 @@ import pytest
 np = pytest.importorskip("numpy")
 pytest.importorskip("numba", reason="the extra `fast` is not installed")
 
+from aiokafka.record.util import calc_crc32c
+
 from meterline.contracts.files import schemas_dir
 from meterline.metering.fast import factory, memory
 from meterline.metering.fast.blake2b import BLOCK_BYTES, LANES, digest_lanes
+from meterline.metering.fast.crc32c import fast_crc32c
 from meterline.metering.fast.hashing import IDENTITY_TAG, PAYLOAD_TAG
 from meterline.metering.fast.index import SLOTS_MIN, ArrayIndex
 from meterline.metering.sliced_index import SlicedIndex
@@ -26,6 +29,15 @@ HOUR = 3_600_000
 
 def files():
     return SliceFiles(Path(tempfile.gettempdir()), 2**30, HOUR)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 40, 4_096, 4_103])
+def test_a_checksum_is_aiokafkas(length):
+    """Another one would refuse honest batches, for ever."""
+    checksum = fast_crc32c() or calc_crc32c  # whose processor has no instruction for it
+    data = random.Random(length).randbytes(length)
+
+    assert calc_crc32c(data) == checksum(memoryview(data))
 
 
 @pytest.mark.parametrize("length", [0, 1, 8, 127, 128, 129, 256, 257, 511, 512])

@@ -89,6 +89,7 @@ def create_app(settings: Settings) -> WorkerApp:
             before_fencing=reader.wait_until_up,  # the dedupe index is rebuilt from the ledger
             close=close,
             in_batches=fast is not None,
+            checksum=fast.fast_crc32c() if fast is not None else None,
         ),
         settings,
     )

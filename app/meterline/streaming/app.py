@@ -22,7 +22,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from meterline.errors import UserError
 from meterline.logs import configure_logs, get_logger
 from meterline.settings import KafkaSettings, Settings
-from meterline.streaming.batches import keep_batches_whole
+from meterline.streaming.batches import Checksum, keep_batches_whole
 from meterline.streaming.broker_log import KafkaLog
 from meterline.streaming.chunks import RecordChunkSchema
 from meterline.streaming.consumer import ChunkTransport, read_whole_answers
@@ -67,6 +67,7 @@ class WorkerPlan:
         before_fencing: waits until what a restore reads is there; nobody is fenced while it isn't.
         close: called once after the last partition was dropped.
         in_batches: owners are fed `BatchedRecords` instead of lists of records.
+        checksum: of those batches, where there is a faster one than aiokafka's.
     """
 
     name: str
@@ -78,6 +79,7 @@ class WorkerPlan:
     before_fencing: Callable[[], Awaitable[None]]
     close: Callable[[], Awaitable[None]]
     in_batches: bool = False
+    checksum: Checksum | None = None
 
     @property
     def changelog(self) -> str:
@@ -192,7 +194,7 @@ def build_app(plan: WorkerPlan, settings: Settings) -> WorkerApp:
     )
     read_whole_answers()
     if plan.in_batches:
-        keep_batches_whole(plan.source_topic)
+        keep_batches_whole(plan.source_topic, plan.checksum)
     app.plan = plan
     app.kafka = settings.kafka
     app.transport = ChunkTransport(app.conf.broker_consumer, app)

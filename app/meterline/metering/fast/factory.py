@@ -11,13 +11,14 @@ from meterline.domain.reasons import Reason
 from meterline.domain.window_lengths import WindowLengths
 from meterline.errors import DeadLetterError
 from meterline.metering.fast.batch_meter import BatchMeter
+from meterline.metering.fast.crc32c import fast_crc32c
 from meterline.metering.fast.index import ArrayIndex
 from meterline.metering.slices import SliceFiles
 from meterline.metering.state import Meta
 from meterline.settings import MeteringSettings
 from meterline.streaming.batches import BatchedRecords, RawBatch
 
-__all__ = ["make_meter", "warm_up"]
+__all__ = ["fast_crc32c", "make_meter", "warm_up"]
 
 
 def make_meter(
@@ -44,6 +45,8 @@ def warm_up() -> None:
     index.add_all(*np.ones((4, 1), np.uint64))
     index.make_room(10_000, 1)
     index.find(1, 1)
+    if (crc32c := fast_crc32c()) is not None:
+        crc32c(memoryview(records))
 
 
 _EVENT = b"\xc3\x01" + b"\x02e\x02c\x02t\x02s\x02\x02\x00\x00\x00\x01\x00"
