@@ -98,7 +98,7 @@ def test_warming_up_runs_every_kernel():
     from meterline.metering.fast import fold, hashing, scan  # noqa: PLC0415
 
     kernels = [fold.fold_records, fold.move_ids, fold.put_ids, fold.slot_of, hashing.hash_records]
-    for kernel in [*kernels, scan.scan_batches]:
+    for kernel in [*kernels, scan.scan_batches, scan.code_again]:
         assert len(kernel.signatures) == 1, f"{kernel.__name__} has {kernel.signatures}"
 
 

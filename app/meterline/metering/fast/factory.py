@@ -13,6 +13,7 @@ from meterline.errors import DeadLetterError
 from meterline.metering.fast.batch_meter import BatchMeter
 from meterline.metering.fast.crc32c import fast_crc32c
 from meterline.metering.fast.index import ArrayIndex
+from meterline.metering.fast.rows import Names
 from meterline.metering.slices import SliceFiles
 from meterline.metering.state import Meta
 from meterline.settings import MeteringSettings
@@ -45,6 +46,7 @@ def warm_up() -> None:
     index.add_all(*np.ones((4, 1), np.uint64))
     index.make_room(10_000, 1)
     index.find(1, 1)
+    Names().lend(10_000, 0)
     if (crc32c := fast_crc32c()) is not None:
         crc32c(memoryview(records))
 
