@@ -53,7 +53,10 @@ class OwnedPartition:
     applied_offset: int | None = None
     unacknowledged: deque[tuple[int, Any]] = field(default_factory=deque)
     commit_turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    kick: asyncio.Event = field(default_factory=asyncio.Event)
+    turn: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set: flush, now or as soon as the flush that runs has ended."""
+    rests: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set: no flush runs."""
     flushing: asyncio.Task[None] | None = None
     caught_up: CaughtUp | None = None
     """As of the last look; None as soon as something is delivered."""
@@ -102,6 +105,8 @@ class Engine:
         self._gate.set()
         self._open_transactions = 0
         self._space = asyncio.Event()
+        self._much_pending = asyncio.Event()
+        self._rounds: asyncio.Task[None] | None = None
         self._taking_over = asyncio.Lock()
         self._assignment_number = 0
 
@@ -183,6 +188,8 @@ class Engine:
                 continue
             self.partitions[held.number] = held
             held.flushing = asyncio.create_task(self._flush_forever(held))
+        if self._rounds is None:
+            self._rounds = asyncio.create_task(self._call_rounds())
 
     async def _fence(self, partition: int) -> OwnedPartition:
         """From here on no earlier owner commits anything."""
@@ -234,6 +241,7 @@ class Engine:
             held.flushing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await held.flushing
+        held.rests.set()  # whoever waits for it, waits no longer
         held.owner.close()
         held.unacknowledged.clear()
         LAG_OFFSETS.remove(held.number)
@@ -278,9 +286,7 @@ class Engine:
 
     async def _wait_for_space(self) -> None:
         while (pending := self._pending()) >= self._limits.pending_max // 2:
-            for held in self.partitions.values():
-                if held.owner.pending:  # the flush of nothing would end at once, and wake us, and so on
-                    held.kick.set()
+            self._much_pending.set()
             if pending < self._limits.pending_max:
                 return
             self._space.clear()
@@ -293,10 +299,32 @@ class Engine:
 
     # -- flush and commit
 
+    async def _call_rounds(self) -> None:
+        """Let all partitions flush at the same time, so that their rows meet in one insert.
+
+        The next round begins when the interval is over or much is pending, and all have ended the one before:
+        who came too late for a fixed beat would miss a whole one. A flush that takes longer (it may wait for
+        another service) holds the others up for one interval; its partition joins a later round.
+        """
+        interval = self._limits.flush_interval_s
+        while True:
+            for held in self.partitions.values():
+                held.turn.set()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._much_pending.wait(), interval)
+            self._much_pending.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(interval):
+                    for held in list(self.partitions.values()):
+                        await held.rests.wait()
+
     async def _flush_forever(self, held: OwnedPartition) -> None:
         try:
             while True:
-                await self._until_next_flush(held)
+                held.rests.set()
+                await held.turn.wait()
+                held.turn.clear()
+                held.rests.clear()
                 self._notice_quiet(held)
                 await held.owner.flush()
                 self._show_lag(held)
@@ -312,15 +340,6 @@ class Engine:
         end = self._log_end(held.number)
         if end is not None and held.applied_offset is not None:
             LAG_OFFSETS.labels(held.number).set(max(0, end - 1 - held.applied_offset))
-
-    async def _until_next_flush(self, held: OwnedPartition) -> None:
-        """Until much is pending, or the next tick. Ticks are common to all partitions, so that their rows
-        meet in one insert.
-        """  # noqa: D205 - one sentence that needs two lines
-        interval = self._limits.flush_interval_s
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(held.kick.wait(), interval - _loop_time() % interval)
-        held.kick.clear()
 
     def _notice_quiet(self, held: OwnedPartition) -> None:
         """Tell the owner up to which time it has everything, and when nothing came for a while."""
@@ -378,6 +397,8 @@ class Engine:
     async def stop(self) -> None:
         """Let open transactions end, drop everything else."""
         await self.before_revoke()
+        if self._rounds is not None:
+            self._rounds.cancel()
         for held in list(self.partitions.values()):
             del self.partitions[held.number]
             await self._drop(held)

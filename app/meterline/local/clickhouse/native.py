@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 from meterline.local.clickhouse.blocks import header_block, header_of, skip_block, split_blocks
 from meterline.local.clickhouse.columns import UnknownTypeError
@@ -137,8 +138,12 @@ class Client:
 
     def _select(self, sql: str) -> None:
         """As from a server, names and types come first, in a block without rows."""
-        self._send_block(header_block(self._session.header(f"({sql.strip().rstrip(';')})")))
-        for block in self._session.stream(sql):
+        blocks = self._session.stream(sql)
+        if (first := next(blocks, None)) is None:  # to ask for them costs as much as many a query
+            self._send_block(header_block(self._session.header(f"({sql.strip().rstrip(';')})")))
+            return
+        self._send_block(header_of(first))
+        for block in chain((first,), blocks):
             self._send_block(block)
 
     def _receive_insert(self, parsed: re.Match[str]) -> Callable[[], None]:
