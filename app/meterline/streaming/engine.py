@@ -241,7 +241,6 @@ class Engine:
             held.flushing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await held.flushing
-        held.rests.set()  # whoever waits for it, waits no longer
         held.owner.close()
         held.unacknowledged.clear()
         LAG_OFFSETS.remove(held.number)
