@@ -172,6 +172,16 @@ def test_a_short_query_does_not_wait_for_a_long_one(client, database):
     assert ended.is_set()
 
 
+def test_a_client_that_leaves_amid_a_result_holds_nobody_up(client, database):
+    """Killed workers leave like this: the rest of the answer can't be sent."""
+    for _ in range(3):
+        with closing_client(database) as leaving:
+            rows = leaving.execute_iter("SELECT number, repeat('x', 1000) FROM numbers(1000000)")
+            next(rows)
+
+    assert client.execute("SELECT 1") == [(1,)]
+
+
 def test_concurrent_inserts_all_arrive(client, database):
     """Eight clients at once, each its own rows: none is lost, none is doubled."""
     client.execute("CREATE TABLE t (writer UInt32, n UInt32) ENGINE = MergeTree ORDER BY n")

@@ -9,7 +9,7 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -89,7 +89,7 @@ class Session:
         except (ChdbError, RuntimeError) as error:
             raise EngineError.of(error) from None
 
-    def stream(self, sql: str) -> Iterator[bytes]:
+    def stream(self, sql: str) -> Generator[bytes, None, None]:
         """Run a SELECT; its blocks in Native format, one by one, in constant memory."""
         try:
             with self._connection.send_query(sql, "Native") as result:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -138,13 +139,15 @@ class Client:
 
     def _select(self, sql: str) -> None:
         """As from a server, names and types come first, in a block without rows."""
-        blocks = self._session.stream(sql)
-        if (first := next(blocks, None)) is None:  # to ask for them costs as much as many a query
-            self._send_block(header_block(self._session.header(f"({sql.strip().rstrip(';')})")))
-            return
-        self._send_block(header_of(first))
-        for block in chain((first,), blocks):
-            self._send_block(block)
+        # Closed before its session is, whatever ends this: an open one blocks the engine for good.
+        with closing(self._session.stream(sql)) as blocks:
+            if (first := next(blocks, None)) is not None:
+                self._send_block(header_of(first))
+                for block in chain((first,), blocks):
+                    self._send_block(block)
+                return
+        # Of an empty result they have to be asked for, which costs as much as many a query.
+        self._send_block(header_block(self._session.header(f"({sql.strip().rstrip(';')})")))
 
     def _receive_insert(self, parsed: re.Match[str]) -> Callable[[], None]:
         """Send the header, receive blocks until the empty one; what hands them to the engine as they are."""
