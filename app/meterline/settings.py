@@ -245,9 +245,9 @@ class Settings(BaseSettings):
     redis: RedisSettings = RedisSettings()  # type: ignore[call-arg]  # defaults stand in Field()
     stripe: StripeSettings = StripeSettings()  # type: ignore[call-arg]  # defaults stand in Field()
     metering: MeteringSettings = MeteringSettings()  # type: ignore[call-arg]  # defaults stand in Field()
-    billing: BillingSettings = BillingSettings()  # type: ignore[call-arg]
-    quota: QuotaSettings = QuotaSettings()  # type: ignore[call-arg]
-    worker: WorkerSettings = WorkerSettings()  # type: ignore[call-arg]
+    billing: BillingSettings = BillingSettings()  # type: ignore[call-arg]  # defaults stand in Field()
+    quota: QuotaSettings = QuotaSettings()  # type: ignore[call-arg]  # defaults stand in Field()
+    worker: WorkerSettings = WorkerSettings()  # type: ignore[call-arg]  # defaults stand in Field()
 
 
 def load_settings() -> Settings:

@@ -85,8 +85,11 @@ def cluster(tmp_path_factory):
         async with Redis(host=HOST, port=server.port, decode_responses=True) as client:
             await server.answering(client)
             await client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-            # Nothing tells when the node has its slots.
-            while "cluster_state:ok" not in str(await client.execute_command("CLUSTER", "INFO")):  # noqa: ASYNC110
+
+            async def has_its_slots():
+                return "cluster_state:ok" in str(await client.execute_command("CLUSTER", "INFO"))
+
+            while not await has_its_slots():  # noqa: ASYNC110 - nothing tells when it has
                 await asyncio.sleep(0.02)
 
     try:

@@ -115,8 +115,8 @@ def _download_all(
 
 def _download(jar: Jar, maven: Path, complete: Path) -> None:
     from jgo.config import GlobalSettings  # noqa: PLC0415 - part of the `local` extra, checked before
-    from jgo.constants import MAVEN_CENTRAL_URL  # noqa: PLC0415
-    from jgo.maven import MavenContext  # noqa: PLC0415
+    from jgo.constants import MAVEN_CENTRAL_URL  # noqa: PLC0415 - the same
+    from jgo.maven import MavenContext  # noqa: PLC0415 - the same
 
     mirrors = GlobalSettings.load().repositories
     context = MavenContext(

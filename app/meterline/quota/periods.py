@@ -66,8 +66,8 @@ class Periods:
             baselines = [await self._baseline(known, *one) for one in due]
             # What was read must be all there is: an emptied Redis would give a base of nothing, for ever.
             if lost := judge(known, await self._store.states(), durable=False).lost:
-                # Caught here, like what the reads raise.
-                raise RetryLater(f"the credit buckets went away while periods began: {lost}")  # noqa: TRY301
+                why = f"the credit buckets went away while periods began: {lost}"
+                raise RetryLater(why)  # noqa: TRY301 - caught here, like what the reads raise
         except RetryLater:
             self._book.look_again()
             raise
