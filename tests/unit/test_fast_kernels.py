@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-np = pytest.importorskip("numpy")
+np = pytest.importorskip("numpy", reason="the extra `fast` is not installed")
 pytest.importorskip("numba", reason="the extra `fast` is not installed")
 
 from aiokafka.record.util import calc_crc32c
 
 from meterline.contracts.files import schemas_dir
-from meterline.metering.fast import factory, memory
+from meterline.metering.fast import factory, fold, hashing, memory, scan
 from meterline.metering.fast.blake2b import BLOCK_BYTES, LANES, digest_lanes
 from meterline.metering.fast.crc32c import fast_crc32c
 from meterline.metering.fast.hashing import IDENTITY_TAG, PAYLOAD_TAG
@@ -95,8 +95,6 @@ def test_an_index_forgets_what_is_too_old_to_matter():
 def test_warming_up_runs_every_kernel():
     """None may be left for the compiler when the first record comes."""
     factory.warm_up()
-    from meterline.metering.fast import fold, hashing, scan  # noqa: PLC0415
-
     kernels = [fold.fold_records, fold.move_ids, fold.put_ids, fold.slot_of, hashing.hash_records]
     for kernel in [*kernels, scan.scan_batches, scan.code_again]:
         assert len(kernel.signatures) == 1, f"{kernel.__name__} has {kernel.signatures}"

@@ -4,7 +4,7 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
-from tests.simulation.loop import VirtualLoop
+from tests.simulation.lone_process import LoneProcess
 
 from meterline.streaming.engine import Engine, EngineLimits
 from meterline.streaming.owner import PartitionOwner
@@ -37,12 +37,11 @@ class Owner(PartitionOwner):
         self.records -= taken
 
 
-class Scene:
+class Scene(LoneProcess):
     """An engine that owns two partitions and has begun its first round, in time that goes on when told to."""
 
     def __init__(self):
-        self.now, self.errors = 0.0, []
-        self.loop = VirtualLoop(lambda: self.now, self.errors.append)
+        super().__init__()
         self.owners = {0: Owner(), 1: Owner()}
         self.engine = Engine(
             group="metering",
@@ -56,21 +55,9 @@ class Scene:
             caught_up=lambda *_: None,
             seek_soon=lambda *_: None,
         )
-        self.loop.create_task(self.engine.take_over({0, 1}))
-        self.go_on(0)
 
     def go_on(self, seconds):
-        end = self.now + seconds
-        while True:
-            self.loop.ring()
-            while self.loop.is_ready:
-                self.loop.turn()
-            due = self.loop.next_timer()
-            if due is None or due > end:
-                break
-            self.now = due
-        self.now = end
-        assert not self.errors
+        self.world.advance(seconds)
 
     def deliver(self, partition, count):
         records = [SimpleNamespace(offset=offset) for offset in range(count)]
@@ -105,10 +92,11 @@ async def nothing():
 
 @pytest.fixture
 def scene():
-    scene = Scene()
-    yield scene
-    scene.loop.create_task(scene.engine.stop())
-    scene.go_on(0)
+    with Scene() as scene:
+        scene.loop.create_task(scene.engine.take_over({0, 1}))
+        scene.go_on(0)
+        yield scene
+        scene.run(scene.engine.stop())
 
 
 def test_all_begin_together_each_interval(scene):

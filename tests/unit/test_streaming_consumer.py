@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from faust.transport.drivers import aiokafka as driver
-from tests.simulation.loop import VirtualLoop
+from tests.simulation.lone_process import LoneProcess
 
 from meterline.streaming.consumer import FETCH_INTERVAL_S, CommittedChunksThread
 
@@ -19,10 +19,10 @@ from meterline.streaming.consumer import FETCH_INTERVAL_S, CommittedChunksThread
 )
 def test_a_trickle_is_taken_at_intervals_and_a_backlog_at_once(monkeypatch, work_s, taken_at):
     """Between two fetches a worker is busy with the first one for so long."""
-    now, taken, errors = [0.0], [], []
+    taken = []
 
     async def fetched(*_):
-        taken.append(now[0])
+        taken.append(asyncio.get_running_loop().time())
         return {}
 
     monkeypatch.setattr(driver.AIOKafkaConsumerThread, "__init__", lambda *_, **__: None)
@@ -35,13 +35,7 @@ def test_a_trickle_is_taken_at_intervals_and_a_backlog_at_once(monkeypatch, work
             await thread._fetch_records(None, ())
             await asyncio.sleep(work_s)
 
-    loop = VirtualLoop(lambda: now[0], errors.append)
-    loop.create_task(work())
-    while loop.is_ready or loop.next_timer() is not None:
-        if not loop.is_ready:
-            now[0] = loop.next_timer()
-            loop.ring()
-        loop.turn()
+    with LoneProcess() as alone:
+        alone.run(work())
 
-    assert not errors
     assert taken == pytest.approx(taken_at)

@@ -35,7 +35,7 @@ from meterline.streaming.memory import (
     keep_memory,
     look_seldom_for_cycles,
     taking_over_state,
-)  # fmt: skip
+)
 from meterline.streaming.owner import PartitionOwner
 from meterline.streaming.tables import CommittedTable, CommittedTables
 
@@ -206,13 +206,13 @@ def build_app(plan: WorkerPlan, settings: Settings) -> WorkerApp:
         async for event in stream.noack().events():
             await app.engine.deliver(event)
 
-    @app.task  # type: ignore[untyped-decorator]  # the one of Faust's that is
+    @app.task  # type: ignore[untyped-decorator]  # Faust's
     async def turn() -> None:
         while not app.should_stop:
             app.turned_at = time.monotonic()
             await asyncio.sleep(1.0)
 
-    @app.timer(GIVE_BACK_INTERVAL_S)  # type: ignore[untyped-decorator]
+    @app.timer(GIVE_BACK_INTERVAL_S)  # type: ignore[untyped-decorator]  # Faust's
     async def give_back() -> None:
         give_back_memory()
 

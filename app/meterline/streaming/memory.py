@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 __all__ = [
     "GIVE_BACK_INTERVAL_S",
@@ -43,9 +44,7 @@ def keep_memory() -> None:
     page, cleared: a sixth of a fast worker's time. Elsewhere than on glibc this does nothing. To be called
     before there are threads: they keep the arenas they have.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):
+    if (mallopt := _of_glibc("mallopt")) is None:
         return
     mallopt(M_MMAP_THRESHOLD, BLOCK_BYTES_MAX)
     mallopt(M_TRIM_THRESHOLD, KEPT_BYTES_MAX)
@@ -57,11 +56,16 @@ def give_back_memory() -> None:
 
     Otherwise a worker stays for ever as large as one backlog, or one stall of the machine, has made it.
     """
+    if (trim := _of_glibc("malloc_trim")) is not None:
+        trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """A function of the allocator; None where there is another one."""
     try:
-        trim = ctypes.CDLL(None).malloc_trim
+        return cast("Callable[..., int]", getattr(ctypes.CDLL(None), name))
     except (AttributeError, OSError):
-        return
-    trim(0)
+        return None
 
 
 def look_seldom_for_cycles() -> None:

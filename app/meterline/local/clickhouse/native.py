@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -133,21 +133,23 @@ class Client:
         if SELECT.match(sql):
             self._select(sql)
         else:
-            blocks = list(split_blocks(self._session.query(sql)))
-            for block in [header_of(block) for block in blocks[:1]] + blocks:
-                self._send_block(block)
+            self._send_result(split_blocks(self._session.query(sql)))
 
     def _select(self, sql: str) -> None:
-        """As from a server, names and types come first, in a block without rows."""
+        """Of an empty result names and types have to be asked for, which costs as much as many a query."""
         # Closed before its session is, whatever ends this: an open one blocks the engine for good.
         with closing(self._session.stream(sql)) as blocks:
-            if (first := next(blocks, None)) is not None:
-                self._send_block(header_of(first))
-                for block in chain((first,), blocks):
-                    self._send_block(block)
-                return
-        # Of an empty result they have to be asked for, which costs as much as many a query.
-        self._send_block(header_block(self._session.header(f"({sql.strip().rstrip(';')})")))
+            is_empty = not self._send_result(blocks)
+        if is_empty:
+            self._send_block(header_block(self._session.header(f"({sql.strip().rstrip(';')})")))
+
+    def _send_result(self, blocks: Iterator[bytes]) -> bool:
+        """Names and types first, as from a server, in a block without rows. False: there was no block."""
+        if (first := next(blocks, None)) is None:
+            return False
+        for block in chain((header_of(first), first), blocks):
+            self._send_block(block)
+        return True
 
     def _receive_insert(self, parsed: re.Match[str]) -> Callable[[], None]:
         """Send the header, receive blocks until the empty one; what hands them to the engine as they are."""

@@ -17,6 +17,7 @@ from meterline.metering.fast.fold import (
     put_ids,
     slot_of,
 )  # fmt: skip
+from meterline.metering.fast.memory import power_of_two
 from meterline.metering.slices import LOW_MASK, SliceFiles
 
 __all__ = ["ArrayIndex"]
@@ -82,7 +83,7 @@ class ArrayIndex:
         columns = ids[:, ID_LOW], ids[:, ID_HIGH], ids[:, ID_DIGEST], ids[:, ID_TIME]
         self._files.append(columns, now)
         # The next slice will want as many: of one that took in a backlog, the room is not kept.
-        slots = max(SLOTS_MIN, _power_of_two(2 * self.taken))
+        slots = max(SLOTS_MIN, power_of_two(2 * self.taken))
         if slots < len(self.slots):
             self.slots = _empty(slots)
         else:
@@ -97,7 +98,7 @@ class ArrayIndex:
         old, times = self.slots, self.slots[:, ID_TIME]
         oldest = max(0, self._newest - self.horizon_ms)
         kept = int(np.count_nonzero((times != NO_TIME) & (times >= np.uint64(oldest))))
-        self.slots = _empty(_power_of_two((kept + more) * 2))
+        self.slots = _empty(power_of_two((kept + more) * 2))
         self.taken = move_ids(old, self.slots, self._newest, self.horizon_ms)
 
     def _entry(self, identity: int) -> Any:
@@ -111,7 +112,3 @@ def _empty(slots: int) -> Any:
     index = memory[first : first + slots * SLOT_BYTES].view(np.uint64).reshape(slots, ID_FIELDS)
     index[:, ID_TIME] = NO_TIME
     return index
-
-
-def _power_of_two(at_least: int) -> int:
-    return 1 << (at_least - 1).bit_length()

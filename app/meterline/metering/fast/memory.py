@@ -24,6 +24,7 @@ __all__ = [
     "is_ascii",
     "is_equal",
     "kernel_part",
+    "power_of_two",
     "prefetch",
     "word_at",
     "words_hash",
@@ -149,3 +150,8 @@ def is_equal(data: Any, at: int, other: Any, other_at: int, length: int) -> bool
         other_at += 8
         length -= 8
     return length == 0 or _last_word(data, at, length) == _last_word(other, other_at, length)
+
+
+def power_of_two(at_least: int) -> int:
+    """The smallest that is no less: how large a table with a mask is made."""
+    return 1 << (at_least - 1).bit_length()

@@ -33,7 +33,7 @@ from meterline.metering.fast.fold import (
     ROWS,
     VALUE_BYTES,
 )  # fmt: skip
-from meterline.metering.fast.memory import PADDING_BYTES
+from meterline.metering.fast.memory import PADDING_BYTES, power_of_two
 from meterline.metering.fast.scan import code_again
 
 __all__ = ["SPARE_MAX", "Names", "Rows"]
@@ -74,7 +74,7 @@ class Names:
         self._texts = _fitting(self._texts, max(text_bytes, BYTES_MIN))
         self._starts = _fitting(self._starts, max(texts, ROWS_MIN))
         self._starts[0] = 0
-        self._table = _fitting(self._table, _power_of_two(2 * max(texts, ROWS_MIN)))
+        self._table = _fitting(self._table, power_of_two(2 * max(texts, ROWS_MIN)))
         self._table.fill(-1)
         self._count[0] = 0
         self._known = []
@@ -107,7 +107,7 @@ class Names:
 
     def _rehash(self, slots: int) -> None:
         """A larger table; its entries are found again by reading the texts once more."""
-        self._table = np.full(_power_of_two(slots), -1, np.int32)
+        self._table = np.full(power_of_two(slots), -1, np.int32)
         code_again(self._table, self._texts, self._starts, int(self._count[0]))
 
 
@@ -119,12 +119,12 @@ class Rows:
         self._wanted = [0] * 6
         """Rows and bytes of each text for which there had to be room."""
         n, *sizes = self._wanted if like is None else like._wanted  # noqa: SLF001 - its own class
-        n = _power_of_two(max(n, ROWS_MIN))
+        n = power_of_two(max(n, ROWS_MIN))
         self._longs: Any = np.empty((ROW_LONGS, n), np.int64)
         self._codes = np.empty((ROW_CODES, n), np.int32)
         self._flags = np.empty((ROW_FLAGS, n), np.uint8)
         self._filled = np.zeros(FILLED_FIELDS, np.int64)
-        self._texts: list[Any] = [np.empty(_power_of_two(max(size, BYTES_MIN)), np.uint8) for size in sizes]
+        self._texts: list[Any] = [np.empty(power_of_two(max(size, BYTES_MIN)), np.uint8) for size in sizes]
 
     def __len__(self) -> int:
         return int(self._filled[ROWS])
@@ -219,10 +219,6 @@ def _grown(array: Any, used: int, needed: int) -> Any:
 def _fitting(array: Any, wanted: int) -> Any:
     """The array, or an empty one of the size that is wanted if it is much larger than that."""
     return array if len(array) <= SPARE_MAX * wanted else np.empty(wanted, array.dtype)
-
-
-def _power_of_two(at_least: int) -> int:
-    return 1 << (at_least - 1).bit_length()
 
 
 def _wider(table: Any, used: int, size: int) -> Any:
