@@ -40,7 +40,7 @@ from meterline.streaming.app import WorkerPlan, build_app
 from meterline.streaming.chunks import RecordChunk, RecordChunkSchema
 from meterline.streaming.consumer import ChunkConsumer, ChunkTransport, CommittedChunksThread
 from meterline.streaming.engine import EngineLimits
-from meterline.streaming.tables import CommittedTable, CommittedTables
+from meterline.streaming.tables import CommittedStore, CommittedTable, CommittedTables
 
 VERSIONS = {"faust-streaming": "0.15.3", "mode-streaming": "0.7.1", "aiokafka": "0.14.0"}
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
@@ -95,7 +95,8 @@ OVERRIDES = [
     (ChunkConsumer, driver.Consumer, {"_positions", "caught_up", "group_failure", "log_end", "seek_soon"}),
     (ChunkTransport, driver.Transport, set()),
     (CommittedTables, TableManager, set()),
-    (CommittedTable, faust.Table, {"apply_committed"}),
+    (CommittedTable, faust.Table, {"committed"}),
+    (CommittedStore, MemoryStore, {"data"}),
     (RecordChunkSchema, Schema, set()),
 ]
 """Our class, Faust's, and what is ours alone; anything else we define must replace something of Faust's."""
@@ -226,9 +227,28 @@ def test_faust_asks_whether_there_is_anything_to_recover():
     assert source.count("need_recovery()") == 2  # and `if self.in_recovery and not ...`, which never begins
 
 
-def test_the_memory_store_remembers_the_partition_of_each_key():
-    """Kept in step by us, because Faust drops a lost partition's keys by it."""
-    assert "self._key_partition" in inspect.getsource(MemoryStore)
+def test_the_memory_store_drops_the_keys_of_lost_partitions_by_their_partition():
+    """It knows of none here: the engine drops a lost partition's state as a whole."""
+    source = inspect.getsource(MemoryStore.on_recovery_completed)
+
+    assert source.count("self.data") == 1
+    assert "in self._key_partition.items()" in source
+
+
+def test_the_table_shows_what_the_engine_holds():
+    """Read through Faust as any table is; nobody but the engine changes it."""
+
+    async def run():
+        table = build_app(PLAN, Settings()).tables["state"]
+        table.committed[0], table.committed[3] = {b"a": b"1"}, {b"d": b"4"}
+        await table.data.on_recovery_completed({TopicPartition("t", 0)}, set())
+        before = table[b"a"], b"d" in table, len(table)
+        with pytest.raises(TypeError, match="item assignment"):
+            table.data[b"a"] = b"2"
+        del table.committed[3]
+        return before, b"d" in table, dict(table.items())
+
+    assert asyncio.run(run()) == ((b"1", True, 2), False, {b"a": b"1"})
 
 
 def test_a_chunk_passes_for_one_record():

@@ -94,7 +94,7 @@ class Worker:
             limits=LIMITS,
             make_owner=lambda partition: MeteringOwner(partition, tools),
             before_fencing=ledger.wait_until_up,
-            apply_committed=lambda *_: None,
+            committed={},
             caught_up=self._caught_up,
             seek_soon=self._seek,
             now_ms=world.wall_ms,

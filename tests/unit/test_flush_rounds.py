@@ -51,7 +51,7 @@ class Scene(LoneProcess):
             limits=EngineLimits(INTERVAL_S, PENDING_MAX, idle_after_s=3_600),
             make_owner=self.owners.get,
             before_fencing=nothing,
-            apply_committed=lambda *_: None,
+            committed={},
             caught_up=lambda *_: None,
             seek_soon=lambda *_: None,
         )

@@ -274,6 +274,8 @@ class Consumer:
 
     def __init__(self, world):
         self.world, self.position = world, 0
+        self.table = {}
+        self.table_at_the_end = None
 
     def seek(self, _, offset):
         self.position = offset
@@ -291,7 +293,7 @@ class Consumer:
             limits=EngineLimits(flush_interval_s=0.005, pending_max=10_000, idle_after_s=3_600),
             make_owner=lambda partition: MeteringOwner(partition, self.world.tools()),
             before_fencing=nothing,
-            apply_committed=lambda *_: None,
+            committed=self.table,
             caught_up=lambda *_: None,
             seek_soon=self.seek,
         )
@@ -306,6 +308,7 @@ class Consumer:
             await asyncio.sleep(0.005)
             if engine.applied_offset(0) == end - 1:
                 break
+        self.table_at_the_end = {number: dict(state) for number, state in self.table.items()}
         await engine.stop()
 
 
@@ -384,3 +387,16 @@ def test_the_groups_offset_decides_nothing(group_offset):
 
     assert dict(world.fates) == world.counted()
     assert world.owed() == world.books()[0]
+
+
+def test_the_table_holds_what_is_committed():
+    """Restored and changed with each commit; evicted windows are gone, and so is all when it is let go."""
+    world = World()
+    world.append_some()
+    consumer = Consumer(world)
+
+    for end in (9, len(world.log)):
+        consumer.run(0, end)
+
+        assert consumer.table_at_the_end == {0: world.changelog}
+        assert consumer.table == {}

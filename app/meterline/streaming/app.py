@@ -114,7 +114,7 @@ class WorkerApp(faust.App):
             limits=self.plan.limits,
             make_owner=make_owner,
             before_fencing=self.plan.before_fencing,
-            apply_committed=table.apply_committed,
+            committed=table.committed,
             caught_up=consumer.caught_up,
             seek_soon=consumer.seek_soon,
             log_end=consumer.log_end,

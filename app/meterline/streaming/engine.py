@@ -7,7 +7,7 @@ import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from meterline.errors import PartitionHalted, RetryLater
 from meterline.logs import get_logger
@@ -49,6 +49,8 @@ class OwnedPartition:
     number: int
     owner: PartitionOwner
     producer: FencedProducer
+    state: dict[bytes, bytes] = field(default_factory=dict)
+    """What is committed."""
     next_offset: int = -1
     applied_offset: int | None = None
     unacknowledged: deque[tuple[int, Any]] = field(default_factory=deque)
@@ -80,7 +82,7 @@ class Engine:
         limits: EngineLimits,
         make_owner: Callable[[int], PartitionOwner],
         before_fencing: Callable[[], Awaitable[None]],
-        apply_committed: Callable[[int, Iterable[tuple[bytes, bytes | None]]], None],
+        committed: dict[int, dict[bytes, bytes]],
         caught_up: Callable[[int, int], CaughtUp | None],
         seek_soon: Callable[[int, int], object],
         log_end: Callable[[int], int | None] = lambda _: None,
@@ -96,7 +98,7 @@ class Engine:
         self._limits = limits
         self._make_owner = make_owner
         self._before_fencing = before_fencing
-        self._apply_committed = apply_committed
+        self._committed = committed
         self._caught_up = caught_up
         self._seek_soon = seek_soon
         self._log_end = log_end
@@ -175,11 +177,11 @@ class Engine:
         if number != self._assignment_number:
             return
         fenced = await asyncio.gather(*(self._fence(p) for p in new))
-        states = await asyncio.gather(*(self._read_state(held) for held in fenced))
+        await asyncio.gather(*map(self._read_state, fenced))
         # Last: whoever else counts on meanwhile, the log holds what the state that was read accounts for.
         ranges = await self._patiently(self._broker.read_ranges, self.source_topic, new)
         where = [ranges[held.number] for held in fenced]
-        restored = await asyncio.gather(*map(self._restore, fenced, states, where))
+        restored = await asyncio.gather(*map(self._restore, fenced, where))
         for held in restored:
             if held is None:
                 continue
@@ -201,23 +203,20 @@ class Engine:
         reached(Step.OWNER_FENCED)
         return OwnedPartition(partition, self._make_owner(partition), producer)
 
-    async def _read_state(self, held: OwnedPartition) -> dict[bytes, bytes]:
-        state = await self._patiently(self._broker.read_state, self._changelog, held.number)
+    async def _read_state(self, held: OwnedPartition) -> None:
+        held.state = await self._patiently(self._broker.read_state, self._changelog, held.number)
+        self._committed[held.number] = held.state
         reached(Step.STATE_READ)
-        return state
 
-    async def _restore(
-        self, held: OwnedPartition, state: dict[bytes, bytes], where: LogRange
-    ) -> OwnedPartition | None:
-        self._apply_committed(held.number, state.items())
+    async def _restore(self, held: OwnedPartition, where: LogRange) -> OwnedPartition | None:
 
         async def commit(what: Commit) -> None:
             await self._commit(held, what)
 
         try:
-            held.next_offset = await held.owner.restore(state, where, commit)
+            held.next_offset = await held.owner.restore(held.state, where, commit)
         except PartitionHalted as stop:
-            if state != await self._patiently(self._broker.read_state, self._changelog, held.number):
+            if held.state != await self._patiently(self._broker.read_state, self._changelog, held.number):
                 # We were stalled, and another owner has gone on: our verdict mixes two moments.
                 die(f"partition {held.number} has another owner", stop)
             await self._halt(held, stop)
@@ -237,6 +236,8 @@ class Engine:
 
     async def _drop(self, held: OwnedPartition) -> None:
         """Forget a partition that is no longer ours; what isn't committed is somebody else's to redo."""
+        if self._committed.get(held.number) is held.state:
+            del self._committed[held.number]
         if held.flushing is not None and held.flushing is not asyncio.current_task():
             held.flushing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -374,7 +375,7 @@ class Engine:
             finally:
                 self._open_transactions -= 1
             COMMITS.inc()
-            self._apply_committed(held.number, what.changelog)
+            _apply(what.changelog, held.state)
             if held.applied_offset is not None:
                 held.applied_offset = what.applied_offset
             while held.unacknowledged and held.unacknowledged[0][0] <= what.applied_offset:
@@ -402,6 +403,15 @@ class Engine:
             del self.partitions[held.number]
             await self._drop(held)
         self._broker.close()
+
+
+def _apply(changes: Iterable[tuple[bytes, bytes | None]], state: dict[bytes, bytes]) -> None:
+    # Whole dicts at a time: thousands of keys change with each commit.
+    newest = dict(changes)
+    gone = [key for key, value in newest.items() if value is None]
+    state.update(cast("dict[bytes, bytes]", newest))
+    for key in gone:
+        del state[key]
 
 
 def _loop_time() -> float:

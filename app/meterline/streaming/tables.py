@@ -7,10 +7,13 @@ nothing to recover; `on_recovery_completed`, which it awaits before it delivers,
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from collections import ChainMap
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
+from typing import Any, cast
 
 import faust
+from faust.stores import memory
 from faust.tables.manager import TableManager
 from faust.tables.recovery import Recovery
 
@@ -34,24 +37,35 @@ class CommittedTables(TableManager):
         return self._recovery
 
 
+class CommittedStore(memory.Store[bytes, bytes]):
+    """What a table shows of its partitions' states. Nobody writes through it: the engine owns them."""
+
+    def __post_init__(self) -> None:
+        """Called by Faust when it has made one."""
+        self.committed: dict[int, dict[bytes, bytes]] = {}
+        self._key_partition = {}
+
+    @property
+    def data(self) -> Mapping[bytes, bytes]:  # type: ignore[override] # Faust reads it and sets it nowhere else
+        """All partitions as one mapping; their keys differ, each begins with its partition."""
+        return MappingProxyType(ChainMap({}, *self.committed.values()))
+
+
 class CommittedTable(faust.Table[bytes, bytes]):
     """A table that holds exactly what its partitions' owners have committed."""
 
     take_over: Callable[[set[int]], Awaitable[None]]
     """Set by the engine: own exactly these partitions."""
 
+    def _new_store(self) -> Any:
+        return CommittedStore("memory://", self.app, self, table_name=self.name, loop=self.loop)
+
+    @property
+    def committed(self) -> dict[int, dict[bytes, bytes]]:
+        """Partition -> its committed state: restored, changed and dropped by the engine."""
+        return cast(CommittedStore, self.data).committed
+
     async def on_recovery_completed(self, active_tps: Any, standby_tps: Any) -> None:
         """Called after each assignment, before any record is delivered."""
         await super().on_recovery_completed(active_tps, standby_tps)
         await self.take_over({tp.partition for tp in active_tps})
-
-    def apply_committed(self, partition: int, items: Iterable[tuple[bytes, bytes | None]]) -> None:
-        """Bring the local copy up to a commit."""
-        store: Any = self.data
-        data, partition_of = store.data, store._key_partition
-        newest = dict(items)
-        # Whole dicts at a time: thousands of keys change with each commit.
-        data.update(newest)
-        partition_of.update(dict.fromkeys(newest, partition))
-        for key in [key for key, value in newest.items() if value is None]:
-            del data[key], partition_of[key]
