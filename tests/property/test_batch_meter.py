@@ -259,7 +259,7 @@ class Side:
 
     def memory(self):
         """A look at the sums brings them up to date: not to be taken in between what must do without."""
-        return self.meter.kept_totals(), self.meter.open_windows, self.position()
+        return self.meter.kept_windows(), self.meter.open_windows, self.position()
 
     def position(self):
         return self.meter.watermark, self.meter.next_offset, self.meter.pending

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from dataclasses import astuple
 
 from tests.ledger_rows import dedupe_columns
 
@@ -80,7 +81,7 @@ class Ledger:
         for row in self._of(topic_id, partition, applied_offset):
             if row["occurred_at"] >= occurred_since_ms:
                 _add(sums[lengths.start_of(row["occurred_at"]), row["client_id"], row["sku"]], row)
-        return dict(sums)
+        return [(*key, *astuple(total)) for key, total in sums.items()]
 
     def window_sums(self, windows):
         return [self._window_sums(ref, cutoff) for ref, cutoff in windows]

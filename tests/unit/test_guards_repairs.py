@@ -83,7 +83,8 @@ class MendedWorld(World):
 
     def state_windows(self, topic_id, _, until, lengths, ended_since):
         windows = {}
-        for (start, client, sku), total in self.kept_windows(topic_id, 0, until, 0, lengths).items():
+        for start, client, sku, *sums in self.kept_windows(topic_id, 0, until, 0, lengths):
+            total = SkuTotal(*sums)
             said, _ = self.windows.get((client, start), (-1, 0))
             rows = [row for row in self._rows_in_order(topic_id, until) if row["client_id"] == client]
             last = max(row["offset"] for row in rows if lengths.start_of(row["occurred_at"]) == start)

@@ -176,8 +176,8 @@ def test_a_window_that_came_back_is_whole_in_the_state(partition):
 
     partition.restart()
 
-    kept = partition.meter.kept_totals()
-    assert (SkuTotal(2, 2), SkuTotal(1, 7)) == (kept[T0, "acme", "gpu"], kept[T0, "acme", "cpu"])
+    kept = partition.meter.kept_windows()
+    assert {"gpu": SkuTotal(2, 2), "cpu": SkuTotal(1, 7)} == kept[T0, "acme"]
 
 
 @pytest.fixture

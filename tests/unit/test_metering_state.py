@@ -29,6 +29,8 @@ int64 = st.integers(-(2**63), 2**63 - 1)
 partitions = st.integers(0, 2**16 - 1)
 ids = st.text(max_size=50)
 LOG = LogRange("cluster", "usage.events", "topic", 3, 100, 200)
+KEPT = {(0, "acme"): {"gpu": SkuTotal(1, 5, 1, 7)}}
+IN_LEDGER = (0, "acme", "gpu", 1, 5, 1, 7)
 META = Meta("cluster", "topic", 149, 5, 6, WindowLengths.of(3_600_000), Counters(100, 40, 5, 3, 2))
 OPTIONS = MeteringSettings()
 
@@ -130,29 +132,30 @@ def test_a_state_of_another_log_halts_with_the_exact_range(change, text):
 
 def test_windows_that_equal_the_ledger_pass():
     """Also where the ledger knows windows that memory has forgotten."""
-    kept = {(0, "acme", "gpu"): SkuTotal(1, 5)}
+    forgotten = [(0, "other", "gpu", 1, 1, 0, 0), (0, "acme", "cpu", 1, 1, 0, 0)]
 
-    check_windows(kept, {**kept, (0, "other", "gpu"): SkuTotal(1, 1)}, META, 3)
+    check_windows(KEPT, [*forgotten, IN_LEDGER], META, 3)
 
 
-@pytest.mark.parametrize("ledger", [{}, {(0, "acme", "gpu"): SkuTotal(1, 4)}])
+@pytest.mark.parametrize("ledger", [None, (2, 5, 1, 7), (1, 4, 1, 7), (1, 5, 2, 7), (1, 5, 1, 8)])
 def test_a_window_that_differs_halts_with_both_amounts(ledger):
-    """Named: client, SKU, window, and up to which offset."""
+    """In whichever of the four. Named: client, SKU, window, and up to which offset."""
+    rows = [] if ledger is None else [(0, "acme", "gpu", *ledger)]
     with pytest.raises(
         PartitionHalted, match=r"partition 3: up to offset 149 .* 1 of 1 sums: client acme, SKU gpu, window 0"
     ) as halted:
-        check_windows({(0, "acme", "gpu"): SkuTotal(1, 5)}, ledger, META, 3)
+        check_windows(KEPT, rows, META, 3)
 
-    assert "credits_micro=5" in str(halted.value)
-    assert str(ledger.get((0, "acme", "gpu"))) in str(halted.value)
+    assert str(KEPT[0, "acme"]["gpu"]) in str(halted.value)
+    assert f"ledger {ledger and SkuTotal(*ledger)}" in str(halted.value)
 
 
 def test_a_message_about_many_windows_stays_readable():
     """The number of all, the first few by name."""
-    kept = {(start, "acme", "gpu"): SkuTotal(1, 5) for start in range(50)}
+    kept = {(start, "acme"): {"gpu": SkuTotal(1, 5)} for start in range(50)}
 
     with pytest.raises(PartitionHalted, match="50 of 50 sums") as halted:
-        check_windows(kept, {}, META, 3)
+        check_windows(kept, [], META, 3)
 
     assert str(halted.value).count("client acme") == DIFFERENCES_SHOWN_MAX
 
@@ -186,7 +189,7 @@ def test_a_halt_at_the_ledger_names_the_command_that_repairs_it():
     with pytest.raises(PartitionHalted) as lost:
         first_meta(LOG, (5, 110, 149), OPTIONS)
     with pytest.raises(PartitionHalted) as different:
-        check_windows({(0, "acme", "gpu"): SkuTotal(1, 2)}, {}, META, 3)
+        check_windows(KEPT, [], META, 3)
 
     assert "at offsets 110..149" in str(lost.value)
     assert "meterline repair state 3 --reason" in str(lost.value)

@@ -18,6 +18,7 @@ from meterline.ledger.client import Client, ledger_errors
 
 __all__ = [
     "CLIENTS_PER_QUERY_MAX",
+    "KeptSum",
     "dedupe_rows",
     "kept_windows",
     "length_sql",
@@ -29,6 +30,10 @@ CLIENTS_PER_QUERY_MAX = 250
 """Client ids of 200 bytes, written twice and escaped, stay below the 256 KiB a server takes as a query."""
 
 IdColumns = tuple[Any, Any, Any, Any]
+
+KeptSum = tuple[int, str, str, int, int, int, int]
+"""Window start (ms), client id, SKU; then count and micro-credits of the billable events, and of the free
+ones. A tuple as the driver makes it: a worker may ask for a million of them before it begins."""
 
 NO_END_MS = 10_000_000_000_000
 """The year 2286, still within what the ledger's times can be."""
@@ -154,15 +159,15 @@ def kept_windows(  # noqa: PLR0917 - six plain facts, in the order of dedupe_row
     applied_offset: int,
     occurred_since_ms: int,
     lengths: WindowLengths,
-) -> dict[tuple[int, str, str], SkuTotal]:
+) -> list[KeptSum]:
     """What the windows a worker still keeps must add up to.
 
     Returns:
-        (window start in ms, client id, SKU) -> totals over the rows with `offset` <= `applied_offset` and
-        `occurred_at` >= `occurred_since_ms`.
+        One for each window and SKU, over the rows with `offset` <= `applied_offset` and `occurred_at` >=
+        `occurred_since_ms`.
     """
     length = length_sql(lengths, "toUnixTimestamp64Milli(occurred_at)")
-    rows = _execute(
+    return _execute(
         client,
         f"""
         SELECT
@@ -187,7 +192,6 @@ def kept_windows(  # noqa: PLR0917 - six plain facts, in the order of dedupe_row
             "applied_offset": applied_offset,
         },
     )
-    return {(start, client_id, sku): SkuTotal(*totals) for start, client_id, sku, *totals in rows}
 
 
 def length_sql(lengths: WindowLengths, time: str) -> str:

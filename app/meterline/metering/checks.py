@@ -5,12 +5,13 @@ Each text names the exact range and the command that repairs it, or what to do w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from meterline.domain.events import FUTURE_MAX_MS
 from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SkuTotal
 from meterline.errors import PartitionHalted
+from meterline.ledger.queries import KeptSum
 from meterline.metering.state import Counters, Meta
 from meterline.settings import MeteringSettings
 from meterline.streaming.owner import LogRange
@@ -24,9 +25,6 @@ __all__ = [
     "lengths_asked_for",
     "repair_command",
 ]
-
-SkuKey = tuple[int, str, str]
-"""Window start (ms), client, SKU."""
 
 DIFFERENCES_SHOWN_MAX = 5
 
@@ -127,27 +125,56 @@ def lengths_asked_for(meta: Meta, log: LogRange, settings: MeteringSettings) -> 
 
 
 def check_windows(
-    kept: Mapping[SkuKey, SkuTotal], in_ledger: Mapping[SkuKey, SkuTotal], meta: Meta, partition: int
+    kept: Mapping[tuple[int, str], Mapping[str, SkuTotal]],
+    in_ledger: Collection[KeptSum],
+    meta: Meta,
+    partition: int,
 ) -> None:
     """Every kept window must equal the ledger's sums up to the applied offset.
+
+    Args:
+        kept: (window start in ms, client) -> SKU -> totals.
+        in_ledger: sums of these windows, each once, and of others that are kept no more.
 
     Raises:
         PartitionHalted: naming the windows that differ.
     """
-    different = [key for key, total in kept.items() if in_ledger.get(key) != total]
-    if not different:
+    sums = sum(map(len, kept.values()))
+    if sums == _count_equal(kept, in_ledger):
         return
+    said = {(start, client, sku): SkuTotal(*totals) for start, client, sku, *totals in in_ledger}
+    different = sorted(
+        (start, client, sku, total)
+        for (start, client), skus in kept.items()
+        for sku, total in skus.items()
+        if said.get((start, client, sku)) != total
+    )
     shown = "; ".join(
-        f"client {client}, SKU {sku}, window {start}: state {kept[start, client, sku]}, "
-        f"ledger {in_ledger.get((start, client, sku))}"
-        for start, client, sku in sorted(different)[:DIFFERENCES_SHOWN_MAX]
+        f"client {client}, SKU {sku}, window {start}: state {total}, ledger {said.get((start, client, sku))}"
+        for start, client, sku, total in different[:DIFFERENCES_SHOWN_MAX]
     )
     raise PartitionHalted(
         f"partition {partition}: up to offset {meta.applied_offset} the ledger and the state differ in "
-        f"{len(different)} of {len(kept)} sums: {shown}. Where rows are missing: "
+        f"{len(different)} of {sums} sums: {shown}. Where rows are missing: "
         f"{repair_command('ledger', partition)}. Where the ledger is right: "
         f"{repair_command('state', partition)}. Each refuses where it would be wrong"
     )
+
+
+def _count_equal(kept: Mapping[tuple[int, str], Mapping[str, SkuTotal]], in_ledger: Iterable[KeptSum]) -> int:
+    """How many are the same in both. No object is made of any: there may be a million."""
+    equal = 0
+    for start, client, sku, count, credits_micro, free_count, free_credits_micro in in_ledger:
+        skus = kept.get((start, client))
+        total = skus.get(sku) if skus is not None else None
+        if total is not None:
+            equal += (
+                total.credits_micro == credits_micro
+                and total.count == count
+                and total.free_count == free_count
+                and total.free_credits_micro == free_credits_micro
+            )
+    return equal
 
 
 def check_flood(flood: str, log: LogRange) -> None:

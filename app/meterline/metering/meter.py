@@ -10,6 +10,7 @@ in the ledger: the record waits, and all that come after it, until `add_past` ha
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -165,7 +166,7 @@ class Meter:
         self._unpublished_totals: set[str] = set()
         self._totals_published_at = 0
         self._caught_up_until = 0
-        self._clients_by_start: dict[int, set[str]] = {}
+        self._clients_by_start: defaultdict[int, set[str]] = defaultdict(set)
         self._unpublished: dict[int, set[str]] = {}
         self._changed: dict[WindowKey, set[str]] = {}
         self._changed_totals: set[str] = set()
@@ -180,13 +181,20 @@ class Meter:
 
     def restore(self, state: Mapping[bytes, bytes]) -> None:
         """Bring back the windows and the totals from the committed state."""
+        windows = self.windows
         for key, value in state.items():
             kind = key[2:3]
             if kind == b"A":
                 start, client, sku = parse_aggregate_key(key)
-                self._window(start, client).skus[sku] = parse_aggregate_value(value)
+                window = windows.get((start, client))
+                if window is None:  # as in `_window`; of a million the calls alone take seconds
+                    window = windows[start, client] = OpenWindow()
+                window.skus[sku] = parse_aggregate_value(value)
             elif kind == b"W":
-                window = self._window(*parse_window_key(key))
+                start, client = parse_window_key(key)
+                window = windows.get((start, client))
+                if window is None:
+                    window = windows[start, client] = OpenWindow()
                 window.published_cutoff, window.last_offset = parse_published_value(value)
             elif kind == b"T":
                 client = parse_total_key(key)
@@ -195,7 +203,8 @@ class Meter:
                     self._unpublished_totals.add(client)
             elif kind == b"B":
                 self.brake.restore(value)
-        for (start, client), window in self.windows.items():
+        for (start, client), window in windows.items():
+            self._clients_by_start[start].add(client)
             if window.published_cutoff < 0:
                 window.last_offset = self.meta.applied_offset
             if window.last_offset > window.published_cutoff:
@@ -208,19 +217,15 @@ class Meter:
         self._changed_totals.update(sums)
         self._unpublished_totals.update(sums)
 
-    def kept_totals(self) -> dict[tuple[int, str, str], SkuTotal]:
-        """What memory says every kept window adds up to; the ledger must say the same."""
-        return {
-            (start, client, sku): total
-            for (start, client), window in self.windows.items()
-            for sku, total in window.skus.items()
-        }
+    def kept_windows(self) -> dict[WindowKey, dict[str, SkuTotal]]:
+        """What memory says every kept window adds up to, by SKU; the ledger must say the same."""
+        return {key: window.skus for key, window in self.windows.items()}
 
     def _window(self, start: int, client: str) -> OpenWindow:
         window = self.windows.get((start, client))
         if window is None:
             window = self.windows[start, client] = OpenWindow()
-            self._clients_by_start.setdefault(start, set()).add(client)
+            self._clients_by_start[start].add(client)
         return window
 
     # -- take in

@@ -173,10 +173,10 @@ class MeteringOwner(PartitionOwner):
             )
 
     async def _check_windows(self, meta: Meta) -> None:
-        kept = self._meter.kept_totals()
+        kept = self._meter.kept_windows()
         if not kept:
             return
-        since = min(start for start, _, _ in kept)
+        since, _ = min(kept)
         in_ledger = await self._tools.reader.ask(
             queries.kept_windows,
             meta.topic_id,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, NamedTuple
 
 from confluent_kafka import Message
@@ -282,14 +282,15 @@ def _require_equal_windows(tools: RepairTools, evidence: Evidence, meta: Meta, p
 
     meter = Meter(partition, tools.metering, decode, meta, SlicedIndex(SliceFiles.of(tools.metering)))
     meter.restore(evidence.state)
-    kept = meter.kept_totals()
+    kept = meter.kept_windows()
     if kept:
-        since = min(start for start, _, _ in kept)
+        since, _ = min(kept)
         where = (plan.log.topic_id, partition, plan.applied)
-        sums = tools.ledger.ask(queries.kept_windows, *where, since, meta.lengths)
+        rows = tools.ledger.ask(queries.kept_windows, *where, since, meta.lengths)
+        sums = {(start, client, sku): SkuTotal(*totals) for start, client, sku, *totals in rows}
         for key, missing in plan.windows.items():
             _add(sums.setdefault(key, SkuTotal()), missing)
-        check_windows(kept, sums, meta, partition)
+        check_windows(kept, [(*key, *astuple(total)) for key, total in sums.items()], meta, partition)
 
 
 def _require_told_windows(tools: RepairTools, plan: LedgerPlan) -> None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.topics import METERING_CHANGELOG, USAGE_EVENTS
 from meterline.domain.events import UsageEvent
-from meterline.domain.windows import SkuTotal
 from meterline.errors import PartitionHalted, RetryLater
 from meterline.ledger import queries, repair_queries
 from meterline.metering.checks import check_log, check_windows, first_meta, repair_command
@@ -309,9 +308,9 @@ def _agrees(tools: RepairTools, evidence: Evidence, meta: Meta) -> bool:
 
 
 def _check_kept(tools: RepairTools, meter: Meter, meta: Meta) -> None:
-    kept: dict[tuple[int, str, str], SkuTotal] = meter.kept_totals()
+    kept = meter.kept_windows()
     if kept:
-        since = min(start for start, _, _ in kept)
+        since, _ = min(kept)
         where = (meta.topic_id, meter.partition, meta.applied_offset)
         rows = tools.ledger.ask(queries.kept_windows, *where, since, meta.lengths)
         check_windows(kept, rows, meta, meter.partition)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import asdict, dataclass, field, replace
+from sys import intern
 
 from meterline.domain.window_lengths import LengthChange, WindowLengths
 from meterline.domain.windows import SkuTotal
@@ -56,6 +57,7 @@ RULE_VERSION = 1
 _HEAD = struct.Struct(">HcqH")  # partition, kind, window start, bytes of the client id
 _AGGREGATE = struct.Struct(">qqqq")
 _OFFSET = struct.Struct(">q")
+_PUBLISHED = struct.Struct(">qq")
 _TOTAL_HEAD = struct.Struct(">Hc")  # partition, kind
 
 
@@ -167,10 +169,10 @@ def aggregate_prefix(partition: int, window_start: int, client_id: str) -> bytes
 
 
 def parse_aggregate_key(key: bytes) -> tuple[int, str, str]:
-    """Window start, client, SKU."""
+    """Window start, client, SKU. Both texts interned: they stand in many keys."""
     _, _, window_start, length = _HEAD.unpack_from(key)
     split = _HEAD.size + length
-    return window_start, key[_HEAD.size : split].decode(), key[split:].decode()
+    return window_start, intern(key[_HEAD.size : split].decode()), intern(key[split:].decode())
 
 
 def aggregate_value(total: SkuTotal) -> bytes:
@@ -190,9 +192,9 @@ def window_key(partition: int, window_start: int, client_id: str) -> bytes:
 
 
 def parse_window_key(key: bytes) -> tuple[int, str]:
-    """Window start, client."""
+    """Window start, client (interned)."""
     _, _, window_start, _ = _HEAD.unpack_from(key)
-    return window_start, key[_HEAD.size :].decode()
+    return window_start, intern(key[_HEAD.size :].decode())
 
 
 def total_key(partition: int, client_id: str) -> bytes:
@@ -201,8 +203,8 @@ def total_key(partition: int, client_id: str) -> bytes:
 
 
 def parse_total_key(key: bytes) -> str:
-    """Client."""
-    return key[_TOTAL_HEAD.size :].decode()
+    """Client (interned)."""
+    return intern(key[_TOTAL_HEAD.size :].decode())
 
 
 def total_value(sums: SkuTotal, last_offset: int) -> bytes:
@@ -217,9 +219,10 @@ def parse_total_value(value: bytes) -> tuple[SkuTotal, int]:
 
 def published_value(cutoff_offset: int, last_offset: int) -> bytes:
     """Cutoff of the newest snapshot (-1: none yet) and offset of the newest event of the window."""
-    return _OFFSET.pack(cutoff_offset) + _OFFSET.pack(last_offset)
+    return _PUBLISHED.pack(cutoff_offset, last_offset)
 
 
 def parse_published_value(value: bytes) -> tuple[int, int]:
     """Inverse of published_value."""
-    return _OFFSET.unpack_from(value)[0], _OFFSET.unpack_from(value, _OFFSET.size)[0]
+    cutoff_offset, last_offset = _PUBLISHED.unpack(value)
+    return cutoff_offset, last_offset

@@ -13,7 +13,8 @@ __all__ = ["offset_of", "read_committed"]
 
 READ_TIMEOUT_S = 60.0
 """A poll that brings nothing for this long means the broker is away, not that the partition is long."""
-MESSAGES_PER_POLL = 10_000
+MESSAGES_PER_POLL = 300
+"""So many stay in a processor's cache until they are looked at: 10,000 at a time took 1.6 times as long."""
 
 
 def read_committed(

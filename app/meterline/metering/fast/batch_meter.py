@@ -133,10 +133,10 @@ class BatchMeter(Meter):
         super().adopt_totals(sums)
         self._largest_sum = UNKNOWN
 
-    def kept_totals(self) -> dict[tuple[int, str, str], SkuTotal]:
-        """What memory says every kept window adds up to."""
+    def kept_windows(self) -> dict[WindowKey, dict[str, SkuTotal]]:
+        """What memory says every kept window adds up to, by SKU."""
         self._settle()
-        return super().kept_totals()
+        return super().kept_windows()
 
     def add_past(self, ref: WindowRef, past: Mapping[str, SkuTotal]) -> None:
         """Tell what the ledger holds of a window up to the applied offset."""
