@@ -82,10 +82,11 @@ def look_seldom_for_cycles() -> None:
 def taking_over_state() -> Iterator[None]:
     """What is made in here is there to stay, millions of objects and no cycle.
 
-    They are looked at while they are young, not again and again while they become more, and never afterwards.
+    They are looked at once, while they are young, not again and again while they become more, and never
+    afterwards.
     They go as ever when nobody holds them any more.
     """
-    gc.set_threshold(*GC_THRESHOLDS[:2], NEVER)
+    gc.set_threshold(GC_THRESHOLDS[0], NEVER, NEVER)
     try:
         yield
     finally:
