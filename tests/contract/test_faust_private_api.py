@@ -176,6 +176,14 @@ def test_the_time_of_the_last_poll_is_in_milliseconds():
     assert "now_ms = int(1000 * time.time())" in inspect.getsource(fetcher)
 
 
+def test_the_fetcher_asks_anew_how_long_the_broker_may_gather():
+    """With each request; we change it between them."""
+    source = inspect.getsource(fetcher.Fetcher._get_actions_per_node)
+
+    assert "self._fetch_max_wait_ms" in source
+    assert "self._fetch_min_bytes" in source
+
+
 def test_faust_ties_read_committed_to_exactly_once():
     """The reason why it is set by hand: nothing else of Faust's can."""
     source = inspect.getsource(driver.AIOKafkaConsumerThread._create_worker_consumer)

@@ -1,41 +1,42 @@
-"""How often a worker's consumer takes what was fetched."""
+"""What a worker's consumer asks of the broker."""
 
 import asyncio
+from types import SimpleNamespace
 
-import pytest
 from faust.transport.drivers import aiokafka as driver
-from tests.simulation.lone_process import LoneProcess
 
-from meterline.streaming.consumer import FETCH_INTERVAL_S, CommittedChunksThread
+from meterline.streaming.consumer import TRICKLE_BYTES, TRICKLE_WAIT_MS, CommittedChunksThread
+
+QUIET = 1_500, 1
+RECORD = SimpleNamespace(offset=0)
+TRICKLE = TRICKLE_WAIT_MS, TRICKLE_BYTES
 
 
-@pytest.mark.parametrize(
-    ("work_s", "taken_at"),
-    [
-        (0.0, [0.0, FETCH_INTERVAL_S, 2 * FETCH_INTERVAL_S]),
-        (FETCH_INTERVAL_S / 2, [0.0, FETCH_INTERVAL_S, 2 * FETCH_INTERVAL_S]),
-        (1.0, [0.0, 1.0, 2.0]),
-    ],
-)
-def test_a_trickle_is_taken_at_intervals_and_a_backlog_at_once(monkeypatch, work_s, taken_at):
-    """Between two fetches a worker is busy with the first one for so long."""
-    taken = []
+def test_the_broker_gathers_while_records_come_and_tells_the_first_one_at_once(monkeypatch):
+    """Many small answers would cost more than their records; a quiet topic is asked as Faust asks it."""
+    answers = [{}, {"tp": [RECORD]}, {"tp": [RECORD]}, {}, {}, {"tp": [RECORD]}]
+    fetcher = SimpleNamespace(_fetch_max_wait_ms=QUIET[0], _fetch_min_bytes=QUIET[1])
+    consumer = SimpleNamespace(_fetcher=fetcher, _fetch_max_wait_ms=QUIET[0], _fetch_min_bytes=QUIET[1])
+    consumer._isolation_level = "read_uncommitted"
+    asked = []
 
     async def fetched(*_):
-        taken.append(asyncio.get_running_loop().time())
-        return {}
+        return answers.pop(0)
 
-    monkeypatch.setattr(driver.AIOKafkaConsumerThread, "__init__", lambda *_, **__: None)
-    monkeypatch.setattr(driver.AIOKafkaConsumerThread, "_fetch_records", fetched)
+    thread_class = driver.AIOKafkaConsumerThread
+    monkeypatch.setattr(thread_class, "__init__", lambda *_, **__: None)
+    monkeypatch.setattr(thread_class, "_create_worker_consumer", lambda *_: consumer)
+    monkeypatch.setattr(thread_class, "_fetch_records", fetched)
     monkeypatch.setattr(CommittedChunksThread, "_current_assignment", staticmethod(lambda _: None))
+    monkeypatch.setattr("meterline.streaming.consumer.split_into_chunks", lambda *_: ())
 
-    async def work():
+    async def run():
         thread = CommittedChunksThread()
-        for _ in taken_at:
-            await thread._fetch_records(None, ())
-            await asyncio.sleep(work_s)
+        thread._create_worker_consumer(None)
+        while answers:
+            await thread._fetch_records(consumer, ())
+            asked.append((fetcher._fetch_max_wait_ms, fetcher._fetch_min_bytes))
 
-    with LoneProcess() as alone:
-        alone.run(work())
+    asyncio.run(run())
 
-    assert taken == pytest.approx(taken_at)
+    assert asked == [QUIET, TRICKLE, TRICKLE, QUIET, QUIET, TRICKLE]

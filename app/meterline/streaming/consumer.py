@@ -23,10 +23,11 @@ ANSWER_AGE_MS_MAX = 5_000
 """A position is worth something while answers to fetches come. Faust lets the broker hold an empty fetch for
 1.5 s: below that a quiet, healthy partition would look stale, and its last windows would stay open."""
 
-FETCH_INTERVAL_S = 0.03
-"""Of a topic with a steady trickle whole fetches are taken this often at most: each costs a worker a
-millisecond and more for every partition, however few records it has. Who is behind never waits: it is busy
-longer with what it took. A fifth of the usual flush interval."""
+TRICKLE_WAIT_MS, TRICKLE_BYTES = 30, 128 * 1024
+"""While records come in, the broker holds an answer until it is so old or so large: each costs a worker a
+millisecond and more for every partition, however few records it has. The broker and not we: what we fetched
+early would grow old here, and what comes after it wait for the next one. A fifth of the usual flush interval;
+and who is behind is never held up."""
 
 ANSWER_BYTES_AHEAD = 4 * 1024 * 1024
 """Of an answer that is taken from the socket before anybody reads it: twice the largest fetch."""
@@ -74,7 +75,6 @@ class CommittedChunksThread(driver.AIOKafkaConsumerThread):
         self._noted: dict[Any, int] = {}
         """Positions up to which `_run_ends` tells what was handed out: a fetch moves the position first."""
         self._run_assignment: object = None
-        self._fetch_at = 0.0
 
     def _create_worker_consumer(self, transport: Any) -> Any:
         consumer = super()._create_worker_consumer(transport)
@@ -82,6 +82,7 @@ class CommittedChunksThread(driver.AIOKafkaConsumerThread):
         # transactional changelog. The fetcher reads the attribute later, in start().
         assert consumer._isolation_level == "read_uncommitted"
         consumer._isolation_level = "read_committed"
+        self._quiet = consumer._fetch_max_wait_ms, consumer._fetch_min_bytes
         return consumer
 
     async def _fetch_records(
@@ -91,12 +92,14 @@ class CommittedChunksThread(driver.AIOKafkaConsumerThread):
         timeout: float | None = None,  # noqa: ASYNC109 - Faust's signature
         max_records: int | None = None,
     ) -> dict[Any, list[Any]]:
-        clock = asyncio.get_running_loop().time
-        await asyncio.sleep(self._fetch_at - clock())
-        self._fetch_at = clock() + FETCH_INTERVAL_S
         assignment = self._current_assignment(consumer)
         before = self._known_positions(assignment, active_partitions)
         fetched = await super()._fetch_records(consumer, active_partitions, timeout, max_records)
+        fetcher = consumer._fetcher
+        if fetched:
+            fetcher._fetch_max_wait_ms, fetcher._fetch_min_bytes = TRICKLE_WAIT_MS, TRICKLE_BYTES
+        else:  # quiet: the next record is told at once, and until then nobody asks in vain
+            fetcher._fetch_max_wait_ms, fetcher._fetch_min_bytes = self._quiet
         if self._current_assignment(consumer) is not self._run_assignment:
             self._run_assignment = self._current_assignment(consumer)
             self._run_ends.clear()
