@@ -343,7 +343,7 @@ MUTANTS = [
         edits=[
             Edit(
                 ENGINE,
-                "            if state != await self._patiently(self._broker.read_state, self._changelog, "
+                "            if held.state != await self._patiently(self._broker.read_state, self._changelog, "
                 "held.number):\n",
                 "            if False:\n",
             )
@@ -619,7 +619,7 @@ MUTANTS = [
     Mutant(
         name="ledger-equals-state",
         removes="a state unlike the ledger is gone on with: what is billed has no receipt",
-        edits=[Edit(CHECKS, "    if not different:\n", "    if True:\n")],
+        edits=[Edit(CHECKS, "    if sums == _count_equal(kept, in_ledger):\n", "    if True:\n")],
         tests=["tests/unit/test_metering_state.py::test_a_window_that_differs_halts_with_both_amounts"],
         speaks_of=r"PartitionHalted",
     ),
