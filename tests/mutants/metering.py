@@ -343,8 +343,8 @@ MUTANTS = [
         edits=[
             Edit(
                 ENGINE,
-                "            if held.state != await self._patiently(self._broker.read_state, self._changelog, "
-                "held.number):\n",
+                "            if held.state != await self._patiently(self._broker.read_state, "
+                "self._changelog, held.number):\n",
                 "            if False:\n",
             )
         ],
