@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -99,11 +100,19 @@ class Worker:
         """
         deadline = time.monotonic() + timeout_s
         while (seen := accounted()) < wanted:
-            if self._process.poll() is not None:
-                raise BenchError(f"a worker ended at {seen} of {wanted} events. {self._tail()}")
+            self.require_running()
             if time.monotonic() > deadline:
                 raise BenchError(f"{seen} of {wanted} events after {timeout_s:.0f} s. {self._tail()}")
             time.sleep(poll_interval_s)
+
+    def require_running(self) -> None:
+        """Notice at once that a process is gone.
+
+        Raises:
+            BenchError: it ended.
+        """
+        if self._process.poll() is not None:
+            raise BenchError(f"a worker ended. {self._tail()}")
 
     def _tail(self) -> str:
         lines = self._log_file.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
@@ -131,11 +140,17 @@ def measure_ours(
             for number, port in enumerate(web_ports)
         ]
         first, wanted = workers[0], len(work.messages)
-        are_ready = lambda: int(all(map(is_ready, web_ports)))  # noqa: E731 - one line
-        first.wait(are_ready, 1, START_TIMEOUT_S, READY_POLL_INTERVAL_S)
+
+        def of_all(count: Callable[[int], int]) -> int:
+            for worker in workers:
+                worker.require_running()
+            return sum(map(count, web_ports))
+
+        counted = partial(of_all, _events_of_worker)
+        first.wait(partial(of_all, is_ready), len(workers), START_TIMEOUT_S, READY_POLL_INTERVAL_S)
         clock, cpu_s = time.monotonic(), _cpu_s(workers)
-        before = _events_of_workers(web_ports) if len(workers) > 1 else 0
-        first.wait(lambda: _events_of_workers(web_ports), wanted, RUN_TIMEOUT_S, OUR_POLL_INTERVAL_S)
+        before = counted() if len(workers) > 1 else 0
+        first.wait(counted, wanted, RUN_TIMEOUT_S, OUR_POLL_INTERVAL_S)
         used_s, wall_s = _cpu_s(workers) - cpu_s, time.monotonic() - clock
         return Measurement(wanted - before, used_s, wall_s, sum(one.memory_mib() for one in workers))
 
@@ -224,10 +239,6 @@ def is_ready(web_port: int) -> bool:
             return True
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
-
-
-def _events_of_workers(web_ports: Sequence[int]) -> int:
-    return sum(map(_events_of_worker, web_ports))
 
 
 def _events_of_worker(web_port: int) -> int:
