@@ -12,6 +12,8 @@ from tests.simulation.world import SETTINGS
 from meterline.streaming.steps import Step
 
 SEEDS = range(2)
+MESSAGES_OF_A_TAKE_OVER = 3
+"""At least: fence, state, ranges."""
 
 
 @pytest.fixture(params=SEEDS, ids="seed {}".format)
@@ -259,6 +261,43 @@ def _wake_too_late(told, step):
     told.advance(2)
     told.world.broker.compact("metering-state-changelog", 0, 10**9)
     return sleeper
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_owner_that_wakes_amid_a_take_over_commits_before_the_state_is_read_or_never(seed):
+    """After any message of the next owner it sends its commit: what it has produced is charged once."""
+    messages = 0
+    while _wakes_after_message(messages + 1, seed):
+        messages += 1
+
+    assert messages >= MESSAGES_OF_A_TAKE_OVER
+
+
+def _wakes_after_message(number, seed):
+    """The owner sleeps between produce and commit until so many messages of the next one are served; whether
+    that one had not taken over by then.
+    """
+    with scene(seed) as told:
+        told.publish("first", 1_000)
+        told.until(lambda: told.counted() == (1, 0, 0))
+        sleeper = told.owner()
+        other = told.other(sleeper)
+        told.world.plans[sleeper.name, Step.TRANSACTION_PRODUCED] = ("stop", 1)
+        told.publish("second", 100)
+        told.until(lambda: 0 in other.engine.wanted)
+        served = []
+
+        def wake_then(process, _):
+            served.append(process is other)
+            if sum(served) == number:
+                sleeper.wake()
+
+        told.world.on_served = wake_then
+        told.until(lambda: sum(served) >= number or 0 in other.engine.partitions)
+        is_amid = 0 not in other.engine.partitions
+
+        assert told.credits_at_rest() == {"acme": 1_100}, f"it woke after message {number}"
+    return is_amid
 
 
 def test_a_full_worker_waits_for_the_ledger_and_is_not_busy_meanwhile():
