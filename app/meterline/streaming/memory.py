@@ -83,8 +83,7 @@ def taking_over_state() -> Iterator[None]:
     """What is made in here is there to stay, millions of objects and no cycle.
 
     They are looked at once, while they are young, not again and again while they become more, and never
-    afterwards.
-    They go as ever when nobody holds them any more.
+    afterwards. They go as ever when nobody holds them any more.
     """
     gc.set_threshold(GC_THRESHOLDS[0], NEVER, NEVER)
     try:
