@@ -90,7 +90,14 @@ OVERRIDES = [
     (
         CommittedChunksThread,
         driver.AIOKafkaConsumerThread,
-        {"_current_assignment", "_known_positions", "caught_up", "group_failure", "log_end"},
+        {
+            "_current_assignment",
+            "_known_positions",
+            "_let_the_broker_gather",
+            "caught_up",
+            "group_failure",
+            "log_end",
+        },
     ),
     (ChunkConsumer, driver.Consumer, {"_positions", "caught_up", "group_failure", "log_end", "seek_soon"}),
     (ChunkTransport, driver.Transport, set()),

@@ -24,10 +24,14 @@ ANSWER_AGE_MS_MAX = 5_000
 1.5 s: below that a quiet, healthy partition would look stale, and its last windows would stay open."""
 
 TRICKLE_WAIT_MS, TRICKLE_BYTES = 30, 128 * 1024
-"""While records come in, the broker holds an answer until it is so old or so large: each costs a worker a
-millisecond and more for every partition, however few records it has. The broker and not we: what we fetched
-early would grow old here, and what comes after it wait for the next one. A fifth of the usual flush interval;
-and who is behind is never held up."""
+"""While records come in steadily, the broker holds an answer until it is so old or so large: each costs a
+worker a millisecond and more for every partition, however few records it has. The broker and not we: what we
+fetched early would grow old here, and what comes after it wait for the next one. A fifth of the usual flush
+interval; and who is behind is never held up."""
+
+STEADY_S = 2 * TRICKLE_WAIT_MS / 1000
+"""Records come in steadily if there are some at least this often. Of a slower topic each record is told at
+once, and between two of them nobody asks in vain."""
 
 ANSWER_BYTES_AHEAD = 4 * 1024 * 1024
 """Of an answer that is taken from the socket before anybody reads it: twice the largest fetch."""
@@ -75,6 +79,8 @@ class CommittedChunksThread(driver.AIOKafkaConsumerThread):
         self._noted: dict[Any, int] = {}
         """Positions up to which `_run_ends` tells what was handed out: a fetch moves the position first."""
         self._run_assignment: object = None
+        self._is_steady = False
+        self._fetched_at = 0.0
 
     def _create_worker_consumer(self, transport: Any) -> Any:
         consumer = super()._create_worker_consumer(transport)
@@ -94,12 +100,10 @@ class CommittedChunksThread(driver.AIOKafkaConsumerThread):
     ) -> dict[Any, list[Any]]:
         assignment = self._current_assignment(consumer)
         before = self._known_positions(assignment, active_partitions)
-        fetched = await super()._fetch_records(consumer, active_partitions, timeout, max_records)
-        fetcher = consumer._fetcher
-        if fetched:
-            fetcher._fetch_max_wait_ms, fetcher._fetch_min_bytes = TRICKLE_WAIT_MS, TRICKLE_BYTES
-        else:  # quiet: the next record is told at once, and until then nobody asks in vain
-            fetcher._fetch_max_wait_ms, fetcher._fetch_min_bytes = self._quiet
+        # That no more come is to be noticed soon: until then the broker is asked every 30 ms.
+        patience_s = STEADY_S if self._is_steady else timeout
+        fetched = await super()._fetch_records(consumer, active_partitions, patience_s, max_records)
+        self._let_the_broker_gather(consumer._fetcher, is_some=bool(fetched))
         if self._current_assignment(consumer) is not self._run_assignment:
             self._run_assignment = self._current_assignment(consumer)
             self._run_ends.clear()
@@ -114,6 +118,16 @@ class CommittedChunksThread(driver.AIOKafkaConsumerThread):
             self._run_ends[tp] = records[-1].offset + 1
         self._noted = self._known_positions(self._current_assignment(consumer), active_partitions)
         return chunks
+
+    def _let_the_broker_gather(self, fetcher: Any, *, is_some: bool) -> None:
+        """Say with the next fetch how long its answer may be held."""
+        now = asyncio.get_running_loop().time()
+        self._is_steady = is_some and now - self._fetched_at < STEADY_S
+        if is_some:
+            self._fetched_at = now
+        fetcher._fetch_max_wait_ms, fetcher._fetch_min_bytes = (
+            (TRICKLE_WAIT_MS, TRICKLE_BYTES) if self._is_steady else self._quiet
+        )
 
     @staticmethod
     def _current_assignment(consumer: Any) -> Any:
