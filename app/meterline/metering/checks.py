@@ -12,6 +12,7 @@ from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SkuTotal
 from meterline.errors import PartitionHalted
 from meterline.ledger.queries import KeptSum
+from meterline.metering.meter import WindowKey
 from meterline.metering.state import Counters, Meta
 from meterline.settings import MeteringSettings
 from meterline.streaming.owner import LogRange
@@ -125,7 +126,7 @@ def lengths_asked_for(meta: Meta, log: LogRange, settings: MeteringSettings) -> 
 
 
 def check_windows(
-    kept: Mapping[tuple[int, str], Mapping[str, SkuTotal]],
+    kept: Mapping[WindowKey, Mapping[str, SkuTotal]],
     in_ledger: Collection[KeptSum],
     meta: Meta,
     partition: int,
@@ -133,7 +134,7 @@ def check_windows(
     """Every kept window must equal the ledger's sums up to the applied offset.
 
     Args:
-        kept: (window start in ms, client) -> SKU -> totals.
+        kept: by window, SKU -> totals.
         in_ledger: sums of these windows, each once, and of others that are kept no more.
 
     Raises:
@@ -161,7 +162,7 @@ def check_windows(
     )
 
 
-def _count_equal(kept: Mapping[tuple[int, str], Mapping[str, SkuTotal]], in_ledger: Iterable[KeptSum]) -> int:
+def _count_equal(kept: Mapping[WindowKey, Mapping[str, SkuTotal]], in_ledger: Iterable[KeptSum]) -> int:
     """How many are the same in both. No object is made of any: there may be a million."""
     equal = 0
     for start, client, sku, count, credits_micro, free_count, free_credits_micro in in_ledger:

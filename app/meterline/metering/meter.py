@@ -181,20 +181,14 @@ class Meter:
 
     def restore(self, state: Mapping[bytes, bytes]) -> None:
         """Bring back the windows and the totals from the committed state."""
-        windows = self.windows
+        windows: defaultdict[WindowKey, OpenWindow] = defaultdict(OpenWindow)
         for key, value in state.items():
             kind = key[2:3]
             if kind == b"A":
                 start, client, sku = parse_aggregate_key(key)
-                window = windows.get((start, client))
-                if window is None:  # as in `_window`; of a million the calls alone take seconds
-                    window = windows[start, client] = OpenWindow()
-                window.skus[sku] = parse_aggregate_value(value)
+                windows[start, client].skus[sku] = parse_aggregate_value(value)
             elif kind == b"W":
-                start, client = parse_window_key(key)
-                window = windows.get((start, client))
-                if window is None:
-                    window = windows[start, client] = OpenWindow()
+                window = windows[parse_window_key(key)]
                 window.published_cutoff, window.last_offset = parse_published_value(value)
             elif kind == b"T":
                 client = parse_total_key(key)
@@ -203,6 +197,7 @@ class Meter:
                     self._unpublished_totals.add(client)
             elif kind == b"B":
                 self.brake.restore(value)
+        self.windows.update(windows)
         for (start, client), window in windows.items():
             self._clients_by_start[start].add(client)
             if window.published_cutoff < 0:

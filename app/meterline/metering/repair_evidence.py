@@ -15,12 +15,17 @@ from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import is_progress_key, progress_from_record, total_from_record
 from meterline.contracts.topics import USAGE_EVENTS_DLQ, USAGE_TOTALS
 from meterline.domain.credits import format_credits
+from meterline.domain.events import UsageEvent
 from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SkuTotal
 from meterline.errors import PartitionHalted
 from meterline.ledger import queries, repair_queries
 from meterline.ledger.client import Client
 from meterline.metering.checks import repair_command
+from meterline.metering.meter import Meter
+from meterline.metering.sliced_index import SlicedIndex
+from meterline.metering.slices import SliceFiles
+from meterline.metering.state import Meta, parse_total_key, parse_total_value
 from meterline.settings import KafkaSettings, MeteringSettings
 from meterline.streaming.changelog import read_changelog
 from meterline.streaming.committed import read_committed
@@ -34,6 +39,7 @@ __all__ = [
     "lengths_that_were",
     "refused",
     "require_whole_ledger",
+    "restored_meter",
 ]
 
 P = ParamSpec("P")
@@ -94,6 +100,26 @@ class Evidence:
         """Read it all; the owner must be fenced if a commit is to be built upon it."""
         state = read_changelog(tools.kafka, changelog, log.partition)
         return cls(log, state, _read_statements(tools.kafka, log))
+
+    @property
+    def totals(self) -> dict[str, SkuTotal]:
+        """Client -> all it has used, as the state says."""
+        return {
+            parse_total_key(key): parse_total_value(value)[0]
+            for key, value in self.state.items()
+            if key[2:3] == b"T"
+        }
+
+
+def restored_meter(tools: RepairTools, partition: int, meta: Meta, state: Mapping[bytes, bytes]) -> Meter:
+    """A meter that is only asked what it knows."""
+
+    def decode(_value: bytes | None) -> UsageEvent:
+        raise AssertionError("no record is taken")
+
+    meter = Meter(partition, tools.metering, decode, meta, SlicedIndex(SliceFiles.of(tools.metering)))
+    meter.restore(state)
+    return meter
 
 
 def _read_statements(kafka: KafkaSettings, log: LogRange) -> Statements:

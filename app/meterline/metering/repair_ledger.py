@@ -30,10 +30,11 @@ from meterline.metering.repair_evidence import (
     different_totals,
     lengths_that_were,
     refused,
+    restored_meter,
 )
 from meterline.metering.sliced_index import SlicedIndex
 from meterline.metering.slices import SliceFiles
-from meterline.metering.state import Counters, Meta, meta_key, parse_total_key, parse_total_value
+from meterline.metering.state import Counters, Meta, meta_key
 from meterline.settings import ClickHouseSettings
 from meterline.streaming.committed import offset_of, read_committed
 from meterline.streaming.owner import LogRange
@@ -255,11 +256,7 @@ def _require_equal(tools: RepairTools, evidence: Evidence, meta: Meta | None, pl
         _add(rows.setdefault(client, SkuTotal()), sums)
     expected: Mapping[str, SkuTotal] = evidence.statements.totals
     if meta is not None:
-        expected = {
-            parse_total_key(key): parse_total_value(value)[0]
-            for key, value in evidence.state.items()
-            if key[2:3] == b"T"
-        }
+        expected = evidence.totals
     if different := different_totals(expected, rows):
         raise refused(
             log,
@@ -276,13 +273,7 @@ def _require_equal(tools: RepairTools, evidence: Evidence, meta: Meta | None, pl
 def _require_equal_windows(tools: RepairTools, evidence: Evidence, meta: Meta, plan: LedgerPlan) -> None:
     """The windows the state keeps, as an assignment would compare them."""
     partition = plan.log.partition
-
-    def decode(_value: bytes | None) -> Any:
-        raise AssertionError("no record is taken")
-
-    meter = Meter(partition, tools.metering, decode, meta, SlicedIndex(SliceFiles.of(tools.metering)))
-    meter.restore(evidence.state)
-    kept = meter.kept_windows()
+    kept = restored_meter(tools, partition, meta, evidence.state).kept_windows()
     if kept:
         since, _ = min(kept)
         where = (plan.log.topic_id, partition, plan.applied)

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.topics import METERING_CHANGELOG, USAGE_EVENTS
-from meterline.domain.events import UsageEvent
 from meterline.errors import PartitionHalted, RetryLater
 from meterline.ledger import queries, repair_queries
 from meterline.metering.checks import check_log, check_windows, first_meta, repair_command
@@ -28,9 +27,8 @@ from meterline.metering.repair_evidence import (
     lengths_that_were,
     refused,
     require_whole_ledger,
+    restored_meter,
 )
-from meterline.metering.sliced_index import SlicedIndex
-from meterline.metering.slices import SliceFiles
 from meterline.metering.state import (
     GROUP,
     Counters,
@@ -39,8 +37,6 @@ from meterline.metering.state import (
     aggregate_value,
     brake_key,
     meta_key,
-    parse_total_key,
-    parse_total_value,
     published_value,
     total_key,
     total_value,
@@ -158,7 +154,7 @@ def _plan_new_topic(tools: RepairTools, evidence: Evidence, meta: Meta, gap: Gap
 
 def _last_statements(tools: RepairTools, evidence: Evidence, meta: Meta) -> list[Output]:
     """Every window and total of a topic that is gone, as of the last offset that was counted of it."""
-    meter = _meter(tools, evidence.log.partition, meta, evidence.state)
+    meter = restored_meter(tools, evidence.log.partition, meta, evidence.state)
     _check_kept(tools, meter, meta)
     ends = [meter.end_of(start) for start, _ in meter.windows]
     meter.advance_watermark(max(ends, default=0) + tools.metering.grace_ms)
@@ -262,7 +258,7 @@ def _rebuilt(
     if (brake := evidence.state.get(brake_key(log.partition))) is not None:
         state[brake_key(log.partition)] = brake  # a repair lets no flood pass
     check_log(meta, log, tools.metering)
-    _check_kept(tools, _meter(tools, log.partition, meta, state), meta)
+    _check_kept(tools, restored_meter(tools, log.partition, meta, state), meta)
     changelog: list[tuple[bytes, bytes | None]] = [
         (key, None) for key in evidence.state.keys() - state.keys()
     ]
@@ -292,16 +288,11 @@ def _state_from_rows(
 def _agrees(tools: RepairTools, evidence: Evidence, meta: Meta) -> bool:
     """Whether the state says of its windows and of its clients what the ledger says."""
     log = evidence.log
-    totals = {
-        parse_total_key(key): parse_total_value(value)[0]
-        for key, value in evidence.state.items()
-        if key[2:3] == b"T"
-    }
     rows = tools.ledger.ask(queries.lifetime_totals, log.topic_id, log.partition, meta.applied_offset)
-    if different_totals(totals, rows):
+    if different_totals(evidence.totals, rows):
         return False
     try:
-        _check_kept(tools, _meter(tools, log.partition, meta, evidence.state), meta)
+        _check_kept(tools, restored_meter(tools, log.partition, meta, evidence.state), meta)
     except PartitionHalted:
         return False
     return True
@@ -314,17 +305,6 @@ def _check_kept(tools: RepairTools, meter: Meter, meta: Meta) -> None:
         where = (meta.topic_id, meter.partition, meta.applied_offset)
         rows = tools.ledger.ask(queries.kept_windows, *where, since, meta.lengths)
         check_windows(kept, rows, meta, meter.partition)
-
-
-def _meter(tools: RepairTools, partition: int, meta: Meta, state: Mapping[bytes, bytes]) -> Meter:
-    """A meter that is only asked what it knows."""
-
-    def decode(_value: bytes | None) -> UsageEvent:
-        raise AssertionError("no record is taken")
-
-    meter = Meter(partition, tools.metering, decode, meta, SlicedIndex(SliceFiles.of(tools.metering)))
-    meter.restore(state)
-    return meter
 
 
 def commit_as_owner(
