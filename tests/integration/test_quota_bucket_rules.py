@@ -69,7 +69,7 @@ class Server:
     async def answering(self, client):
         deadline = time.monotonic() + SERVER_START_S
         while time.monotonic() < deadline:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # whatever a server says that is only starting
                 return await client.ping()
             await asyncio.sleep(0.02)
         raise AssertionError("the server doesn't answer")

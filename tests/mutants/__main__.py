@@ -91,7 +91,7 @@ def _run_all(mutants: list[Mutant], original: Path) -> list[Result]:
                 result = done.result()
                 results[result.name] = result
                 sys.stderr.write(f"{result.name}: {result.verdict} ({result.seconds:.0f} s)\n")
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: no copy stays running
             threads.shutdown(wait=False, cancel_futures=True)
             end_all()
             raise

@@ -271,8 +271,8 @@ MUTANTS = [
         edits=[
             Edit(
                 SEGMENTS,
-                "        os.fsync(file)\n        sync_directory(slot)\n    except BaseException:\n",
-                "        os.fsync(file)\n    except BaseException:\n",
+                "        os.fsync(file)\n        sync_directory(slot)\n    except BaseException:",
+                "        os.fsync(file)\n    except BaseException:",
             )
         ],
         tests=[POWER],

@@ -134,7 +134,7 @@ class Run:
                 killing = thread.submit(campaign.run)
                 try:
                     self._pass(quarter, campaign.seconds_left)
-                except BaseException:
+                except BaseException:  # Ctrl-C, too: what runs is broken off
                     campaign.break_off()
                     raise
                 killing.result()

@@ -143,7 +143,7 @@ class Campaign:
                 try:
                     for slot in slots:
                         slot.result()
-                except BaseException:
+                except BaseException:  # Ctrl-C, too: what runs is broken off
                     self.break_off()
                     raise
                 self._over.set()

@@ -96,7 +96,7 @@ class ClientRegistry:
         )
         try:
             partitions = self._partitions(consumer)
-        except BaseException:
+        except BaseException:  # whatever ended it, Ctrl-C too: nobody else closes it
             consumer.close()
             raise
         consumer.assign([TopicPartition(CLIENTS, partition, OFFSET_BEGINNING) for partition in partitions])

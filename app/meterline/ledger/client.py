@@ -129,7 +129,7 @@ def ledger_errors() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # `translate` tells them apart; each is raised again
         raise translate(error) from error
 
 

@@ -174,7 +174,7 @@ class LedgerWriter:
             self._client = connect(self._settings)
         try:
             self._client.execute(f"INSERT INTO {table} ({names}) VALUES", Insert(data, blocks), columnar=True)
-        except Exception as error:
+        except Exception as error:  # whatever it was, this connection is not used again
             self._client.disconnect()
             self._client = None
             raise translate(error) from error

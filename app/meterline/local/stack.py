@@ -94,7 +94,7 @@ class Stack:
                 done, _ = wait(starts, return_when=FIRST_EXCEPTION)
                 for start in done:
                     start.result()
-            except BaseException:
+            except BaseException:  # Ctrl-C, too: what was begun is stopped
                 self._cancelled.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 self._stop_all(waiting, on_progress)

@@ -332,7 +332,7 @@ class UsageProducer:
             is_new = not is_kept and self._recent.note(event)
             try:
                 self._producer.produce(USAGE_EVENTS, value, key, on_delivery=report)
-            except BaseException as error:
+            except BaseException as error:  # whatever it was, the event was not taken
                 if is_new:
                     self._recent.forget(event)
                 if isinstance(error, BufferError):

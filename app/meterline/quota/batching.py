@@ -355,7 +355,7 @@ class _Lane:
         connection = self._new_connection()
         try:
             await connection.connect()  # type: ignore[no-untyped-call]  # redis-py's
-        except BaseException:
+        except BaseException:  # cancelled, too: no socket stays open
             await connection.disconnect(nowait=True)
             raise
         self.connection = connection

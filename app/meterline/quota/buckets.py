@@ -156,7 +156,7 @@ class CreditBuckets:
             routes = Routes(server, make_batcher, timeout_s=look_s)
             try:
                 await routes.look()
-            except BaseException:
+            except BaseException:  # cancelled, too: no socket stays open
                 await routes.close()
                 raise
             return cls(routes, policy, leases)
@@ -543,7 +543,7 @@ class Connecting:
         self._thread = LoopThread("CreditBuckets")
         try:
             self._buckets = self._thread.run(self._open())
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: no thread stays behind
             self._thread.stop()
             raise
         return SyncCreditBuckets(self._buckets, self._thread.run)

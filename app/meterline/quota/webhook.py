@@ -141,7 +141,7 @@ def _connection(url: SplitResult, *, allow_private: bool) -> http.client.HTTPCon
         connection.sock = (
             ssl.create_default_context().wrap_socket(plain, server_hostname=url.hostname) if tls else plain
         )
-    except BaseException:
+    except BaseException:  # whatever it was: no socket stays open
         plain.close()
         raise
     connection.auto_open = False  # else a closed socket would be opened anew, to an address nobody checked

@@ -131,7 +131,7 @@ class Task:
         desk.kept.admit()
         try:
             await self._reserve()
-        except BaseException:
+        except BaseException:  # cancelled, too: its place is for others
             desk.kept.release()
             raise
         desk.holds.add(self.reservation_id, self._client_id)
@@ -146,7 +146,7 @@ class Task:
         try:
             if error is None and not self._charges:
                 self._charge_intended()
-        except BaseException:
+        except BaseException:  # cancelled, too: what is held goes back
             await self._desk.see_through(self._void())
             raise
         if not self._charges:
@@ -166,7 +166,7 @@ class Task:
             )
         except CreditsExhausted:
             raise
-        except BaseException:
+        except BaseException:  # cancelled, too
             # Redis may have granted it, and only the answer is missing. The work has not started.
             self._desk.leave_behind(self._void_quietly())
             raise

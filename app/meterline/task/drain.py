@@ -101,7 +101,7 @@ class Drainer:
         try:
             self._add_lane(own, None)
             self._adopt(is_strict=True)
-        except BaseException:
+        except BaseException:  # whatever it was: the slot is for others
             self._release()
             raise
         self._thread.start()

@@ -167,7 +167,7 @@ class MeterConnection:
     async def __aenter__(self) -> Meter:
         try:
             return await self._open_meter(self._closing)
-        except BaseException:
+        except BaseException:  # cancelled, too: what was opened is closed
             await self._closing.aclose()
             raise
 
@@ -185,7 +185,7 @@ class MeterConnection:
         self._thread = LoopThread("Meter")
         try:
             return SyncMeter(self._thread.run(self.__aenter__()), self._thread)
-        except BaseException:
+        except BaseException:  # Ctrl-C, too: no thread stays behind
             self._thread.stop()
             raise
 

@@ -111,7 +111,7 @@ def create_segment(slot: Path, number: int, before: Position, bytes_allocated: i
         write_at(file, head, 0)
         os.fsync(file)
         sync_directory(slot)
-    except BaseException:
+    except BaseException:  # whatever it was: no half-made file stays
         os.close(file)
         path.unlink(missing_ok=True)
         raise

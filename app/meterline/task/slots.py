@@ -96,7 +96,7 @@ def _lock(path: Path) -> Slot | None:
     except BlockingIOError:
         os.close(lock)
         return None
-    except BaseException:
+    except BaseException:  # whatever it was: no lock stays held
         os.close(lock)
         raise
     return Slot(path, lock)
