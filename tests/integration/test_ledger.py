@@ -21,7 +21,14 @@ from meterline.domain.windows import SkuTotal, WindowRef
 from meterline.errors import WorkerMustExit
 from meterline.ledger.client import LedgerNotMigrated, connect
 from meterline.ledger.migrate import MIGRATIONS_DIR, apply_migrations, list_migrations
-from meterline.ledger.queries import dedupe_rows, kept_windows, partition_offsets, window_sums
+from meterline.ledger.queries import (
+    DedupePage,
+    dedupe_pages,
+    dedupe_rows,
+    kept_windows,
+    partition_offsets,
+    window_sums,
+)
 from meterline.ledger.repair_queries import state_windows, told_windows
 from meterline.ledger.tables import EVENTS, USAGE_RECORD_LOG, WINDOW_SNAPSHOTS
 from meterline.ledger.writer import LedgerWriter
@@ -128,7 +135,9 @@ def test_rows_that_are_inserted_again_count_once(client, ledger, settled):
     assert kept_windows(client, "topic", 0, 100, NOON, WindowLengths.of(HOUR_MS)) == [
         (NOON, "acme", "gpu", 100, 5_050, 0, 0)
     ]
-    assert set(identities(*dedupe_rows(client, "topic", 0, 100, NOON))) == {
+    pages = dedupe_pages(client, "topic", 0, 100, NOON, 40)
+    assert [page[:2] for page in pages] == [(1, 39), (40, 79), (80, 100)]
+    assert set().union(*(identities(*dedupe_rows(client, "topic", 0, page)) for page in pages)) == {
         row["identity_hash"] for row in rows
     }
     assert client.execute("SELECT count(), sum(credits) FROM usage") == [(100, Decimal("0.00505"))]
@@ -195,15 +204,17 @@ def test_dedupe_rows_end_at_the_applied_offset_and_the_horizon(client, ledger, s
         ],
     )
     settled()
-    lows, highs, digests, appended = dedupe_rows(client, "topic", 0, 3, NOON)
+    pages = dedupe_pages(client, "topic", 0, 3, NOON, 100)
+    assert pages == [DedupePage(2, 3, NOON, NOON + 1_000)]
+    lows, highs, digests, appended = dedupe_rows(client, "topic", 0, *pages)
     hashes = identities(lows, highs)
 
     assert sorted(zip(hashes, digests.tolist(), appended.tolist(), strict=True)) == [
         ((1 << 95) + 2, (1 << 63) + 2, NOON),
         ((1 << 95) + 3, (1 << 63) + 3, NOON + 1_000),
     ]
-    assert dedupe_rows(client, "topic", 0, 3, NOON, NOON + 1_000)[3].tolist() == [NOON]
-    assert [column.tolist() for column in dedupe_rows(client, "topic", 9, 3, NOON)] == [[]] * 4
+    assert dedupe_pages(client, "topic", 9, 3, NOON, 100) == []
+    assert [column.tolist() for column in dedupe_rows(client, "topic", 9, *pages)] == [[]] * 4
     assert window_sums(client, [(WINDOW, 3)]) == [{"gpu": SkuTotal(3, 3_000_000)}]  # read as ever, afterwards
 
 

@@ -681,8 +681,8 @@ MUTANTS = [
         edits=[
             Edit(
                 REPAIR_LEDGER,
-                "    seen.add_all(*tools.ledger.ask(queries.dedupe_rows, *before, since))\n",
-                "",
+                "    for page in tools.ledger.ask(queries.dedupe_pages, *before, since, SLICE_IDS_MAX):\n",
+                "    for page in ():\n",
             )
         ],
         tests=[REPAIRS],

@@ -89,7 +89,6 @@ def test_a_rebuilt_index_says_what_the_living_one_says(make, log, random):
     for part in ([row for row in rows if row[2] < middle], [row for row in rows if row[2] >= middle]):
         names = ("identity_hash", "payload_digest", "appended_at")
         rebuilt.add_all(*dedupe_columns(dict(zip(names, row, strict=True)) for row in part))
-        rebuilt.close_slice(newest)
 
     for identity in range(5):
         for later in (0, 1, SLICE, HORIZON // 2, HORIZON):
@@ -143,6 +142,24 @@ def test_an_id_of_each_slice_is_found_among_many(make):
     ]
     assert {index.find(_spread(-1 - number), now) for number in range(2_000)} == {None}
     assert {index.find(_spread(number) ^ 1 << 64, now) for number in range(2_000)} == {None}
+
+
+@each_index
+@settings(deadline=None)  # the first call may load kernels
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2 * HORIZON), st.integers(0, 2**64 - 1))),
+    st.integers(0, 2 * HORIZON),
+)
+def test_of_an_id_that_stands_twice_the_later_copy_counts(make, rows, now):
+    """Where the horizon has become longer, both are within: whatever their order in the ledger's answer."""
+    index = make()
+    names = ("identity_hash", "payload_digest", "appended_at")
+    index.add_all(*dedupe_columns(dict(zip(names, (i, d, at), strict=True)) for i, at, d in rows))
+
+    for identity in range(4):
+        copies = [(at, digest) for i, at, digest in rows if i == identity and at >= now - HORIZON]
+        newest = {digest for at, digest in copies if at == max(copies)[0]}
+        assert (index.find(identity, now) in newest) if newest else index.find(identity, now) is None
 
 
 def test_a_clock_that_jumped_makes_no_slice_wrong(monkeypatch):

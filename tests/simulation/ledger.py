@@ -12,7 +12,7 @@ from dataclasses import astuple
 from tests.ledger_rows import dedupe_columns
 
 from meterline.domain.windows import SkuTotal
-from meterline.ledger.queries import NO_END_MS
+from meterline.ledger.queries import DedupePage
 
 RETRY_S = 0.4
 
@@ -66,15 +66,20 @@ class Ledger:
         offsets = [row["offset"] for row in self._of(topic_id, partition, 2**63)]
         return (len(offsets), min(offsets), max(offsets)) if offsets else None
 
-    def dedupe_rows(
-        self, topic_id, partition, applied_offset, appended_since_ms, appended_before_ms=NO_END_MS
-    ):
-        rows = [
+    def dedupe_pages(self, topic_id, partition, applied_offset, appended_since_ms, offsets_per_page):
+        pages = defaultdict(list)
+        for row in self._of(topic_id, partition, applied_offset):
+            if row["appended_at"] >= appended_since_ms:
+                pages[row["offset"] // offsets_per_page].append((row["offset"], row["appended_at"]))
+        columns = (zip(*rows, strict=True) for _, rows in sorted(pages.items()))
+        return [DedupePage(min(offsets), max(offsets), min(times), max(times)) for offsets, times in columns]
+
+    def dedupe_rows(self, topic_id, partition, page):
+        return dedupe_columns(
             row
-            for row in self._of(topic_id, partition, applied_offset)
-            if appended_since_ms <= row["appended_at"] < appended_before_ms
-        ]
-        return dedupe_columns(rows)
+            for row in self._of(topic_id, partition, page.last_offset)
+            if row["offset"] >= page.first_offset and page.since_ms <= row["appended_at"] <= page.until_ms
+        )
 
     def kept_windows(self, topic_id, partition, applied_offset, occurred_since_ms, lengths):
         sums = defaultdict(SkuTotal)

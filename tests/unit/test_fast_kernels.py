@@ -95,7 +95,7 @@ def test_an_index_forgets_what_is_too_old_to_matter():
 def test_warming_up_runs_every_kernel():
     """None may be left for the compiler when the first record comes."""
     factory.warm_up()
-    kernels = [fold.fold_records, fold.move_ids, fold.put_ids, fold.slot_of, hashing.hash_records]
+    kernels = [fold.fold_records, fold.move_ids, fold.slot_of, hashing.hash_records]
     for kernel in [*kernels, scan.scan_batches, scan.code_again]:
         assert len(kernel.signatures) == 1, f"{kernel.__name__} has {kernel.signatures}"
 

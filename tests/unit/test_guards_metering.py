@@ -174,13 +174,13 @@ def test_clocks_of_two_workers_ten_minutes_apart_change_no_credit(ahead):
     assert world.counted() == dict(world.fates)
 
 
-@pytest.mark.parametrize("rows_at_once", [500_000, 5], ids=["in one part", "in many parts"])
+@pytest.mark.parametrize("ids_per_page", [500_000, 5], ids=["in one page", "in many pages"])
 @pytest.mark.parametrize(("others", "fate"), [(199, "duplicates"), (200, "accepted")])
-def test_a_rebuilt_index_ends_at_the_horizon_to_the_record(monkeypatch, rows_at_once, others, fate):
+def test_a_rebuilt_index_ends_at_the_horizon_to_the_record(monkeypatch, ids_per_page, others, fate):
     """A restart, and then a copy exactly as old as the horizon (200 records of 300 ms), or one record older:
     charged once, or as a twin.
     """
-    monkeypatch.setattr(owner_module, "INDEX_ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(owner_module, "SLICE_IDS_MAX", ids_per_page)
     world = World()
     world.options = OPTIONS.model_copy(update={"dedupe_horizon_ms": 200 * 300})
     world.append("acme", 1_000, "task")

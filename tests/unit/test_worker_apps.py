@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 
 import pytest
 
+from meterline.errors import UserError
 from meterline.metering import worker
 from meterline.settings import Settings
 from meterline.streaming import app as streaming_app
@@ -63,3 +65,23 @@ def test_free_memory_goes_back_to_the_system_now_and_then(metering_app, monkeypa
 
     assert intervals == [GIVE_BACK_INTERVAL_S]
     assert len(given_back) == 3
+
+
+def test_a_worker_may_open_as_many_files_as_its_user_may(metering_app, monkeypatch):
+    """Each slice of an index keeps one open: with many partitions more than a process may at first."""
+
+    def no_topic(*_):
+        raise UserError("no such topic")
+
+    monkeypatch.setattr(streaming_app, "partition_counts", no_topic)
+    monkeypatch.setattr(streaming_app, "keep_memory", lambda: None)
+    monkeypatch.setattr(streaming_app, "configure_logs", lambda _: None)
+    before, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most // 2, most))
+    try:
+        with pytest.raises(UserError):
+            streaming_app.run_worker(metering_app(fast_path=False))
+
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, most))

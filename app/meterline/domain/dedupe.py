@@ -27,7 +27,9 @@ class SeenIds(Protocol):
         """Remember the copy that counts."""
 
     def add_all(self, lows: Any, highs: Any, digests: Any, appended_at: Any) -> None:
-        """Rebuild from columns in any order; where an id stands twice, the later copy counts.
+        """Put away ids of the ledger's, as an index is rebuilt: one part after the other, the oldest first.
+
+        Within a part they come in any order; where an id stands twice, the later copy counts.
 
         Args:
             lows: low 64 bits of the identities; like the others an array, uint64[ids].

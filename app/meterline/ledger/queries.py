@@ -7,7 +7,7 @@ They raise what `ledger.client.ledger_errors` raises.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,9 @@ from meterline.ledger.client import Client, ledger_errors
 
 __all__ = [
     "CLIENTS_PER_QUERY_MAX",
+    "DedupePage",
     "KeptSum",
+    "dedupe_pages",
     "dedupe_rows",
     "kept_windows",
     "length_sql",
@@ -35,8 +37,17 @@ KeptSum = tuple[int, str, str, int, int, int, int]
 """Window start (ms), client id, SKU; then count and micro-credits of the billable events, and of the free
 ones. A tuple as the driver makes it: a worker may ask for a million of them before it begins."""
 
-NO_END_MS = 10_000_000_000_000
-"""The year 2286, still within what the ledger's times can be."""
+
+class DedupePage(NamedTuple):
+    """A stretch of a partition's log, of whose events a second copy may still arrive."""
+
+    first_offset: int
+    last_offset: int
+    since_ms: int
+    """The oldest append time in it."""
+    until_ms: int
+    """And the newest. Both only spare the server days that it need not read."""
+
 
 _SKU_TOTALS = """
     countIf(billable), sumIf(credits_micro, billable),
@@ -111,30 +122,51 @@ def partition_offsets(client: Client, topic_id: str, partition: int) -> tuple[in
     return (count, first, last) if count else None
 
 
-def dedupe_rows(  # noqa: PLR0917 - six plain facts
+def dedupe_pages(  # noqa: PLR0917 - six plain facts
     client: Client,
     topic_id: str,
     partition: int,
     applied_offset: int,
     appended_since_ms: int,
-    appended_before_ms: int = NO_END_MS,
-) -> IdColumns:
-    """The events a second copy may still arrive of: what a worker's dedupe index is rebuilt from.
+    offsets_per_page: int,
+) -> list[DedupePage]:
+    """Where the events stand a second copy may still arrive of, oldest first, in pages of bounded size.
+
+    By offset and not by time: a backlog of days may have been appended within a minute.
 
     Rows above `applied_offset` were inserted by a flush that did not commit; they are read from Kafka again
     and must not be taken for duplicates of themselves.
+    """
+    rows = _execute(
+        client,
+        """
+        SELECT
+            intDiv(`offset`, %(offsets)s) AS page, min(`offset`), max(`offset`),
+            toUnixTimestamp64Milli(min(appended_at)), toUnixTimestamp64Milli(max(appended_at))
+        FROM events
+        WHERE appended_at >= fromUnixTimestamp64Milli(%(appended_since)s, 'UTC')
+          AND topic_id = %(topic_id)s AND `partition` = %(partition)s AND `offset` <= %(applied_offset)s
+        GROUP BY page
+        ORDER BY page
+        """,
+        {
+            "offsets": offsets_per_page,
+            "appended_since": appended_since_ms,
+            "topic_id": topic_id,
+            "partition": partition,
+            "applied_offset": applied_offset,
+        },
+    )
+    return [DedupePage(*page) for _, *page in rows]
+
+
+def dedupe_rows(client: Client, topic_id: str, partition: int, page: DedupePage) -> IdColumns:
+    """The events of a page: what a worker's dedupe index is rebuilt from.
 
     Returns:
         Columns in no order, uint64[events] each: low 64 bits of the identity hashes and those above, payload
         digests, append times (ms). An event that was inserted twice may stand there twice.
     """
-    parameters: dict[str, object] = {
-        "appended_since": appended_since_ms,
-        "appended_before": appended_before_ms,
-        "topic_id": topic_id,
-        "partition": partition,
-        "applied_offset": applied_offset,
-    }
     with ledger_errors():
         columns = client.numbers(
             """
@@ -142,17 +174,18 @@ def dedupe_rows(  # noqa: PLR0917 - six plain facts
             toUInt64(bitAnd(identity_hash, 0xFFFFFFFFFFFFFFFF)), toUInt64(bitShiftRight(identity_hash, 64)),
             payload_digest, toUInt64(toUnixTimestamp64Milli(appended_at))
         FROM events
-        WHERE appended_at >= fromUnixTimestamp64Milli(%(appended_since)s, 'UTC')
-          AND appended_at < fromUnixTimestamp64Milli(%(appended_before)s, 'UTC')
-          AND topic_id = %(topic_id)s AND `partition` = %(partition)s AND `offset` <= %(applied_offset)s
+        WHERE appended_at >= fromUnixTimestamp64Milli(%(since_ms)s, 'UTC')
+          AND appended_at <= fromUnixTimestamp64Milli(%(until_ms)s, 'UTC')
+          AND topic_id = %(topic_id)s AND `partition` = %(partition)s
+          AND `offset` BETWEEN %(first_offset)s AND %(last_offset)s
         """,
-            parameters,
+            {"topic_id": topic_id, "partition": partition, **page._asdict()},
         )
     lows, highs, digests, appended_at = columns or (np.empty(0, np.uint64),) * 4
     return lows, highs, digests, appended_at
 
 
-def kept_windows(  # noqa: PLR0917 - six plain facts, in the order of dedupe_rows
+def kept_windows(  # noqa: PLR0917 - six plain facts
     client: Client,
     topic_id: str,
     partition: int,

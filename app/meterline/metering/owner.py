@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 from meterline.contracts.codec import RecordCodec
 from meterline.contracts.records import event_from_record
 from meterline.contracts.topics import USAGE_EVENTS_DLQ
-from meterline.domain.dedupe import SLICES_PER_HORIZON, SeenIds
 from meterline.domain.events import UsageEvent
 from meterline.ledger import queries
 from meterline.ledger.reader import LedgerReader
@@ -26,6 +24,7 @@ from meterline.metering.checks import (
 )
 from meterline.metering.meter import DeadLetter, Flush, Meter
 from meterline.metering.outputs import progress_output, total_output, window_output
+from meterline.metering.slices import SLICE_IDS_MAX
 from meterline.metering.state import FORMAT_WITHOUT_TOTALS, Meta, meta_key
 from meterline.metrics import (
     DEAD_LETTERS,
@@ -48,13 +47,13 @@ __all__ = ["MeteringOwner", "MeteringTools"]
 
 log = get_logger(__name__)
 
-INDEX_ROWS_AT_ONCE = 1_000_000
-"""A partition with fewer rows is asked for its ids in one question; others in parts, so that a day of a busy
-partition is never in memory at once: an id takes 32 bytes on its way, up to 128 until its slice closes."""
+PAGES_AT_ONCE = 2
+"""Parts of dedupe indexes in memory while partitions are taken over, however many: one is read while another
+is sorted. Each takes about 100 MB."""
 
 INDEX_ROWS_ON_LOOP_MAX = 20_000
-"""So many are put into an index at once, in milliseconds. A million take a second, in a thread: the other
-partitions' owners, and the heartbeats, want the loop."""
+"""So many are put into an index at once, in milliseconds. A million take some tenths of a second, in a
+thread: the other partitions' owners, and the heartbeats, want the loop."""
 
 GAUGES = (WATERMARK_SECONDS, WATERMARK_AGE_SECONDS, WINDOWS_OPEN, OLDEST_WINDOW_SECONDS, DEDUPE_IDS)
 """Of a partition, as long as it is ours."""
@@ -78,6 +77,8 @@ class MeteringTools:
     window_partitions: int
     make_meter: MakeMeter
     now_ms: Callable[[], int] = wall_clock_ms
+    rebuilding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PAGES_AT_ONCE))
+    """Who holds it has a part of an index in memory."""
 
 
 class MeteringOwner(PartitionOwner):
@@ -113,7 +114,7 @@ class MeteringOwner(PartitionOwner):
         # Part of the first flush, whatever that is: before it nothing is said that depends on either.
         meta = self._lengthen(meta.brought_up_to_date(log.end_offset))
         self._meter = self._tools.make_meter(log.partition, settings, self._decoder(), meta)
-        await self._rebuild_index(meta, in_ledger[0] if in_ledger is not None else 0)
+        await self._rebuild_index(meta)
         self._meter.restore(state)
         if lacks_totals:
             self._meter.adopt_totals(
@@ -147,20 +148,18 @@ class MeteringOwner(PartitionOwner):
             )
         return replace(meta, lengths=lengths)
 
-    async def _rebuild_index(self, meta: Meta, rows: int) -> None:
-        """From the ledger, part by part of the horizon: each goes to a file before the next."""
-        seen, horizon_ms = self._meter.seen, self._tools.settings.dedupe_horizon_ms
-        where = meta.topic_id, self._partition, meta.applied_offset
-        step = horizon_ms // min(SLICES_PER_HORIZON, 1 + rows // INDEX_ROWS_AT_ONCE) + 1
-        for since in range(max(0, meta.appended_at - horizon_ms), meta.appended_at + 1, step):
-            # The last one has no end: nothing that was committed can be left out.
-            before = since + step if since + step <= meta.appended_at else queries.NO_END_MS
-            ids = await self._tools.reader.ask(queries.dedupe_rows, *where, since, before)
-            work = partial(_add_slice, seen, ids, min(before, meta.appended_at))
-            if ids[0].size < INDEX_ROWS_ON_LOOP_MAX:
-                work()
-            else:
-                await asyncio.to_thread(work)
+    async def _rebuild_index(self, meta: Meta) -> None:
+        """From the ledger, page by page: each goes to a file before the next."""
+        where, ask = (meta.topic_id, self._partition), self._tools.reader.ask
+        since = max(0, meta.appended_at - self._tools.settings.dedupe_horizon_ms)
+        pages = await ask(queries.dedupe_pages, *where, meta.applied_offset, since, SLICE_IDS_MAX)
+        for page in pages:
+            async with self._tools.rebuilding:
+                ids = await ask(queries.dedupe_rows, *where, page)
+                if ids[0].size < INDEX_ROWS_ON_LOOP_MAX:
+                    self._meter.seen.add_all(*ids)
+                else:
+                    await asyncio.to_thread(self._meter.seen.add_all, *ids)
 
     def _tell_replayed(self, in_ledger: tuple[int, int, int] | None, meta: Meta) -> None:
         """A crash between insert and commit leaves rows behind; they are inserted again, as the same rows."""
@@ -302,8 +301,3 @@ class MeteringOwner(PartitionOwner):
         """Somebody else tells of this partition now."""
         for gauge in GAUGES:
             gauge.remove(self._partition)
-
-
-def _add_slice(seen: SeenIds, rows: queries.IdColumns, now: int) -> None:
-    seen.add_all(*rows)
-    seen.close_slice(now)

@@ -33,7 +33,7 @@ from meterline.metering.repair_evidence import (
     restored_meter,
 )
 from meterline.metering.sliced_index import SlicedIndex
-from meterline.metering.slices import SliceFiles
+from meterline.metering.slices import SLICE_IDS_MAX, SliceFiles
 from meterline.metering.state import Counters, Meta, meta_key
 from meterline.settings import ClickHouseSettings
 from meterline.streaming.committed import offset_of, read_committed
@@ -228,7 +228,8 @@ def _meter_before(tools: RepairTools, plan: LedgerPlan, appended_at: int) -> Met
     newest = max(appended_at, rows.newest_appended_at if rows is not None else 0)
     since = max(0, newest - tools.metering.dedupe_horizon_ms)
     seen = SlicedIndex(SliceFiles.of(tools.metering))
-    seen.add_all(*tools.ledger.ask(queries.dedupe_rows, *before, since))
+    for page in tools.ledger.ask(queries.dedupe_pages, *before, since, SLICE_IDS_MAX):
+        seen.add_all(*tools.ledger.ask(queries.dedupe_rows, log.topic_id, log.partition, page))
     meta = Meta(
         cluster_id=log.cluster_id,
         topic_id=log.topic_id,

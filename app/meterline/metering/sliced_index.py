@@ -38,13 +38,8 @@ class SlicedIndex:
         self._newest[identity] = digest << TIME_BITS | appended_at
 
     def add_all(self, lows: Any, highs: Any, digests: Any, appended_at: Any) -> None:
-        """Rebuild from columns in any order; where an id stands twice, the later copy counts."""
-        columns = (column.tolist() for column in (lows, highs, digests, appended_at))
-        rows = sorted(zip(*columns, strict=True), key=lambda row: row[3])
-        if rows:
-            self._files.begin(rows[0][3])
-        for low, high, digest, at in rows:
-            self.add(high << 64 | low, digest, at)
+        """Put away a part of the ledger's ids; of one that stands twice, the later copy counts."""
+        self._files.add_all(lows, highs, digests, appended_at)
 
     def close_slice(self, now: int) -> None:
         """Write the dict to a file if it is old or large enough."""

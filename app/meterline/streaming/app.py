@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,7 @@ def run_worker(app: WorkerApp, log_level: str = "info") -> None:
         UserError: a topic is missing or has the wrong partition count, or the web port is taken.
     """
     keep_memory()
+    _open_as_many_files_as_allowed()
     configure_logs(log_level)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_no_lifecycle_chatter)
@@ -273,6 +275,17 @@ def run_worker(app: WorkerApp, log_level: str = "info") -> None:
     remember_exits(Path(app.conf.datadir))
     look_seldom_for_cycles()
     faust.Worker(app, loglevel=log_level, override_logging=False, quiet=True).execute_from_commandline()
+
+
+def _open_as_many_files_as_allowed() -> None:
+    """Ask for the most open files that this user may have.
+
+    A partition keeps some connections open, and each slice of its dedupe index a file: of 40 partitions more
+    than the 1,024 that many systems give a process at first.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):  # macOS calls its limit infinite, and refuses that
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _is_no_lifecycle_chatter(record: logging.LogRecord) -> bool:

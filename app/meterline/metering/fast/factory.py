@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from meterline.domain.events import UsageEvent
 from meterline.domain.reasons import Reason
 from meterline.domain.window_lengths import WindowLengths
@@ -43,7 +41,6 @@ def warm_up() -> None:
     meter.take(BatchedRecords([RawBatch("", 0, 0, 1, 2, 1, 1, records)]))
     meter.build_flush(0)
     index = ArrayIndex(SliceFiles.of(settings))
-    index.add_all(*np.ones((4, 1), np.uint64))
     index.make_room(10_000, 1)
     index.find(1, 1)
     Names().lend(10_000, 0)

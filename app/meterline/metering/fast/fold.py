@@ -259,20 +259,3 @@ def move_ids(index: Any, larger: Any, appended_at: int, horizon: int) -> int:
                 larger[slot, field] = index[i, field]
             count += 1
     return count
-
-
-@compiled
-def put_ids(index: Any, lows: Any, highs: Any, digests: Any, times: Any) -> int:
-    """Add columns of ids, where an id stands twice the later copy counts; how many new ones."""
-    count = 0
-    for i in range(lows.size):
-        slot = slot_of(index, lows[i], highs[i])
-        if index[slot, ID_TIME] == NO_TIME:
-            count += 1
-        elif index[slot, ID_TIME] > times[i]:
-            continue
-        index[slot, ID_LOW] = lows[i]
-        index[slot, ID_HIGH] = highs[i]
-        index[slot, ID_DIGEST] = digests[i]
-        index[slot, ID_TIME] = times[i]
-    return count

@@ -14,7 +14,6 @@ from meterline.metering.fast.fold import (
     ID_TIME,
     NO_TIME,
     move_ids,
-    put_ids,
     slot_of,
 )  # fmt: skip
 from meterline.metering.fast.memory import power_of_two
@@ -68,12 +67,8 @@ class ArrayIndex:
         entry[ID_DIGEST], entry[ID_TIME] = digest, appended_at
 
     def add_all(self, lows: Any, highs: Any, digests: Any, appended_at: Any) -> None:
-        """Rebuild from columns in any order; where an id stands twice, the later copy counts."""
-        if not lows.size:
-            return
-        self._files.begin(int(appended_at.min()))
-        self.make_room(lows.size, int(appended_at.max()))
-        self.taken += put_ids(self.slots, lows, highs, digests, appended_at)
+        """Put away a part of the ledger's ids; of one that stands twice, the later copy counts."""
+        self._files.add_all(lows, highs, digests, appended_at)
 
     def close_slice(self, now: int) -> None:
         """Write the array to a file if it is old or large enough."""
