@@ -63,7 +63,7 @@ MUTANTS = [
         edits=[
             Edit(
                 METER,
-                "        first = self.seen.find(identity, self._appended_at)\n",
+                "        first = self.seen.find(identity, self._appended_at, may_be_older=may_be_older)\n",
                 "        first = None\n",
             )
         ],
@@ -83,7 +83,9 @@ MUTANTS = [
         "a restarted worker decides otherwise than the one before",
         edits=[
             Edit(
-                METER, "self.seen.find(identity, self._appended_at)", "self.seen.find(identity, appended_at)"
+                METER,
+                "self.seen.find(identity, self._appended_at,",
+                "self.seen.find(identity, record.timestamp,",
             )
         ],
         tests=[
@@ -98,12 +100,25 @@ MUTANTS = [
         edits=[
             Edit(
                 "app/meterline/metering/sliced_index.py",
-                "            return self._files.find(identity, oldest)\n",
+                "            return self._files.find(identity, oldest) if may_be_older else None\n",
                 "            return None\n",
             )
         ],
         tests=[FUNCTION_OF_LOG, CHARGED_ONCE],
         speaks_of=f"{LEDGER_ROWS}|charged == credits_charged",
+    ),
+    Mutant(
+        name="older-slices-asked-at-once",
+        removes="of ids that come in a crowd all are taken for new: a copy an hour later is billed twice",
+        edits=[
+            Edit(
+                "app/meterline/metering/slices.py",
+                "        held: list[bool] = self.may_hold(lows).tolist()\n",
+                "        held: list[bool] = [False] * len(lows)\n",
+            )
+        ],
+        tests=[CHARGED_ONCE],
+        speaks_of=r"charged == credits_charged",
     ),
     Mutant(
         name="older-slices-of-the-fast-path",
@@ -138,8 +153,8 @@ MUTANTS = [
         edits=[
             Edit(
                 OWNER,
-                "where = meta.topic_id, self._partition, meta.applied_offset\n",
-                "where = meta.topic_id, self._partition, 2**62\n",
+                "ask(queries.dedupe_pages, *where, meta.applied_offset, since, SLICE_IDS_MAX)\n",
+                "ask(queries.dedupe_pages, *where, 2**62, since, SLICE_IDS_MAX)\n",
             )
         ],
         tests=[CRASH_CREDITS, CRASH_COUNTS],

@@ -26,6 +26,7 @@ from meterline.domain.window_lengths import WindowLengths
 from meterline.domain.windows import SKUS_PER_WINDOW_MAX, SkuTotal
 from meterline.ledger.tables import EVENT_COLUMNS
 from meterline.metering import meter as meter_module
+from meterline.metering import slices
 from meterline.metering.fast import batch_meter, factory
 from meterline.metering.meter import Meter
 from meterline.metering.sliced_index import SlicedIndex
@@ -535,13 +536,17 @@ def test_the_edge_of_the_horizon_is_the_same(age, accepted):
     assert fast["counts"][0] == accepted
 
 
+@pytest.mark.parametrize("crowd", [0, 2 * slices.ASKED_AT_ONCE_MIN], ids=["alone", "in a crowd"])
 @pytest.mark.parametrize(
     ("age", "credits_charged"), [(SLICE, 7), (HORIZON // 2, 7), (HORIZON, 7), (HORIZON + 1, 14)]
 )
-def test_a_copy_is_charged_once_whatever_slice_its_first_is_in(age, credits_charged):
-    """Each flush closes a slice: the first stands in memory, in a file behind others, in one that leaves."""
+def test_a_copy_is_charged_once_whatever_slice_its_first_is_in(age, credits_charged, crowd):
+    """Each flush closes a slice: the first stands in memory, in a file behind others, in one that leaves. The
+    copy comes alone, or with so many others that the files are asked of all at once.
+    """
     first = UsageEvent("e", "a", "task", "x", 7, 0)
-    moments = [*range(0, age, SLICE), age]
+    chunks = [*range(0, age, SLICE)]
+    moments = [*chunks, *(age - 1 for _ in range(crowd)), age]
     data = b"".join(
         kafka_batches.batch(
             FIRST + number, [(FIRST + number, START + at, None, encoded(event, CODEC.heads(1)[0], START), [])]
@@ -551,7 +556,7 @@ def test_a_copy_is_charged_once_whatever_slice_its_first_is_in(age, credits_char
     )
     sides = [Side(fast, MeteringSettings(dedupe_horizon_ms=HORIZON), first_state()) for fast in (False, True)]
     for side in sides:
-        for number in range(len(moments)):
+        for number in [*range(len(chunks)), len(moments) - 1]:
             side.take(data, FIRST + number)
             side.flush(START)
         charged = sum(row["credits_micro"] for row in side.ledger.values() if row["event_id"] == "e")

@@ -141,6 +141,8 @@ def test_an_id_of_each_slice_is_found_among_many(make):
         *range(each * SLICES_PER_HORIZON)
     ]
     assert {index.find(_spread(-1 - number), now) for number in range(2_000)} == {None}
+    may_be_older = index.may_be_older([_spread(number) for number in range(-2_000, each)])
+    assert may_be_older == [False] * 2_000 + [True] * each
     assert {index.find(_spread(number) ^ 1 << 64, now) for number in range(2_000)} == {None}
 
 

@@ -6,6 +6,7 @@ be found. Whether a copy is a duplicate depends on the two records alone, never 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 __all__ = ["SLICES_PER_HORIZON", "SeenIds"]
@@ -20,8 +21,20 @@ class SeenIds(Protocol):
     def __len__(self) -> int:
         """Ids it holds; some may be beyond the horizon and not tidied away."""
 
-    def find(self, identity: int, appended_at: int) -> int | None:
-        """Payload digest of the copy that counts, or None if there was none within the horizon."""
+    def find(self, identity: int, appended_at: int, *, may_be_older: bool = True) -> int | None:
+        """Payload digest of the copy that counts, or None if there was none within the horizon.
+
+        Args:
+            identity: whose.
+            appended_at: from when the horizon counts, back (ms).
+            may_be_older: what the method of that name says; False spares a look through the older slices.
+        """
+
+    def may_be_older(self, identities: Sequence[int]) -> Sequence[bool]:
+        """Which ids may be in the older slices: what is false is in none, until the next one is closed.
+
+        To be asked of all at once: of many it costs a fraction of what as many looks would.
+        """
 
     def add(self, identity: int, digest: int, appended_at: int) -> None:
         """Remember the copy that counts."""

@@ -64,6 +64,9 @@ EVENT_FIELDS = 10
 WindowKey = tuple[int, str]
 """Window start (ms) and client."""
 
+NOBODY = 0
+"""In place of the identity where there is no event."""
+
 _NO_CORRECTION = ("", "", "", 0, 0)
 
 
@@ -281,7 +284,12 @@ class Meter:
         return not self._lacking and not self._waiting
 
     def _decide(self, reads: Sequence[Read]) -> None:
-        for record, event in reads:
+        identities = [
+            identity_hash(event.client_id, event.event_id) if isinstance(event, UsageEvent) else NOBODY
+            for _, event in reads
+        ]
+        may_be_older = self.seen.may_be_older(identities)
+        for (record, event), identity, is_older in zip(reads, identities, may_be_older, strict=True):
             self._skipped += record.offset - self._undecided
             self._undecided = record.offset + 1
             self._appended_at = max(self._appended_at, record.timestamp)
@@ -289,7 +297,7 @@ class Meter:
                 self._refuse(event)
                 continue
             try:
-                self._take_event(event, record.offset, record.timestamp)
+                self._take_event(event, identity, record, may_be_older=is_older)
             except DeadLetterError as refusal:
                 client = event.client_id.encode()
                 self._refuse(DeadLetter(record, refusal.reason, refusal.detail, client))
@@ -298,12 +306,11 @@ class Meter:
         self._dead.append(dead)
         self.brake.count(dead.record.offset, dead.client, dead.reason)
 
-    def _take_event(self, event: UsageEvent, offset: int, appended_at: int) -> None:
-        identity = identity_hash(event.client_id, event.event_id)
+    def _take_event(self, event: UsageEvent, identity: int, record: Any, *, may_be_older: bool) -> None:
         digest = payload_digest(event)
         # Judged at the newest append time so far: the broker's clock may step back, and a rebuilt index
         # holds only what is within the horizon of that time.
-        first = self.seen.find(identity, self._appended_at)
+        first = self.seen.find(identity, self._appended_at, may_be_older=may_be_older)
         if first is not None:
             if first != digest:
                 raise DeadLetterError(
@@ -311,14 +318,14 @@ class Meter:
                 )
             self._duplicates += 1
             return
-        self._fold(event, offset)
-        self.seen.add(identity, digest, appended_at)
+        self._fold(event, record.offset)
+        self.seen.add(identity, digest, record.timestamp)
         self._rows.append(
             (
                 self.meta.topic_id,
                 self.partition,
-                offset,
-                appended_at,
+                record.offset,
+                record.timestamp,
                 *event[:EVENT_FIELDS],
                 *(event.corrects or _NO_CORRECTION),
                 identity,

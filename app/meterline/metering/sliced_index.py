@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,17 @@ class SlicedIndex:
     def __len__(self) -> int:
         return len(self._newest) + len(self._files)
 
-    def find(self, identity: int, appended_at: int) -> int | None:
+    def find(self, identity: int, appended_at: int, *, may_be_older: bool = True) -> int | None:
         """Payload digest of the copy that counts, or None if there was none within the horizon."""
         oldest = appended_at - self._files.horizon_ms
         packed = self._newest.get(identity)
         if packed is None or packed & TIME_MASK < oldest:
-            return self._files.find(identity, oldest)
+            return self._files.find(identity, oldest) if may_be_older else None
         return packed >> TIME_BITS
+
+    def may_be_older(self, identities: Sequence[int]) -> Sequence[bool]:
+        """Which ids may be in the files."""
+        return self._files.may_hold_any(identities)
 
     def add(self, identity: int, digest: int, appended_at: int) -> None:
         """Remember the copy that counts."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import mmap
 import tempfile
 from bisect import bisect_left
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ SLICE_IDS_MAX = 1_000_000
 BYTES_PER_ID = 8 + 4 + 8 + TIME_BITS // 8
 IDS_PER_WORD = 8
 """A byte of filter an id: one look-up in thirty of an id that isn't there searches the file in vain."""
+
+ASKED_AT_ONCE_MIN = 32
+"""Of fewer ids the filters are asked one by one: the preparations for many cost more."""
 
 SPREAD = 0x9E3779B97F4A7C15
 
@@ -84,6 +88,16 @@ class SliceFiles:
                 if digest is not None:
                     return digest
         return None
+
+    def may_hold_any(self, identities: Sequence[int]) -> Sequence[bool]:
+        """The same as `may_hold`, of ids that are no array."""
+        if not self._slices:
+            return [False] * len(identities)
+        if len(identities) < ASKED_AT_ONCE_MIN:
+            return [True] * len(identities)
+        lows = np.fromiter((identity & LOW_MASK for identity in identities), np.uint64, len(identities))
+        held: list[bool] = self.may_hold(lows).tolist()
+        return held
 
     def may_hold(self, lows: Any) -> Any:
         """Which of these ids are in a slice, whatever their time, as far as 64 of their bits tell: bool[ids].

@@ -234,7 +234,7 @@ class BatchMeter(Meter):
             self._settle()
         hash_records(scanned.data, records, count, self._work.hashes, *self._scratch)
         # A copy of an id in a closed slice, within the horizon or not, is for the plain meter.
-        older = self._index.may_be_older(self._work.hashes[:count, IDENTITY_LOW])
+        older = self._index.may_be_older_by_low(self._work.hashes[:count, IDENTITY_LOW])
         records[older, ORDINARY] = 0
         self._one_length(records)
         self._index.make_room(count, self._appended_at)

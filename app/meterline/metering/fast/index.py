@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,18 +45,19 @@ class ArrayIndex:
     def __len__(self) -> int:
         return self.taken + len(self._files)
 
-    def find(self, identity: int, appended_at: int) -> int | None:
+    def find(self, identity: int, appended_at: int, *, may_be_older: bool = True) -> int | None:
         """Payload digest of the copy that counts, or None if there was none within the horizon."""
         entry = self._entry(identity)
         if entry[ID_TIME] == NO_TIME or appended_at - int(entry[ID_TIME]) > self.horizon_ms:
-            return self._files.find(identity, appended_at - self.horizon_ms)
+            return self._files.find(identity, appended_at - self.horizon_ms) if may_be_older else None
         return int(entry[ID_DIGEST])
 
-    def may_be_older(self, lows: Any) -> Any:
-        """Which ids are in closed slices, by their low bits (uint64[ids]): `find` must be asked of them.
+    def may_be_older(self, identities: Sequence[int]) -> Sequence[bool]:
+        """Which ids may be in the files."""
+        return self._files.may_hold_any(identities)
 
-        It stays so until a slice is closed.
-        """
+    def may_be_older_by_low(self, lows: Any) -> Any:
+        """The same of many, by their low bits: uint64[ids] -> bool[ids]."""
         return self._files.may_hold(lows)
 
     def add(self, identity: int, digest: int, appended_at: int) -> None:
