@@ -155,7 +155,9 @@ class Racer:
 
     async def _unit(self, spec: Spec, attempt: Attempt, number: int, micro: int) -> None:
         await asyncio.sleep(spec.pause_s)
-        if spec.kind == "renew":
+        # Who is to die right after it renews with each task: a few renew by themselves, and in a short race
+        # those may all have been refused.
+        if spec.kind == "renew" or self._kill_at == "renewed":
             await self._renew(attempt.rid)
             self._reached("renewed")
         if spec.kind == "long":
