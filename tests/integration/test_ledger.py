@@ -26,6 +26,7 @@ from meterline.ledger.queries import (
     dedupe_pages,
     dedupe_rows,
     kept_windows,
+    last_offset,
     partition_offsets,
     window_sums,
 )
@@ -131,6 +132,7 @@ def test_rows_that_are_inserted_again_count_once(client, ledger, settled):
     settled()
 
     assert partition_offsets(client, "topic", 0) == (100, 1, 100)
+    assert last_offset(client, "topic", 0) == 100
     assert window_sums(client, [(WINDOW, 100)]) == [{"gpu": SkuTotal(100, 5_050)}]
     assert kept_windows(client, "topic", 0, 100, NOON, WindowLengths.of(HOUR_MS)) == [
         (NOON, "acme", "gpu", 100, 5_050, 0, 0)
@@ -221,6 +223,7 @@ def test_dedupe_rows_end_at_the_applied_offset_and_the_horizon(client, ledger, s
 def test_partition_offsets_of_an_empty_partition_are_none(client):
     """A new partition has no rows; zero would be an offset."""
     assert partition_offsets(client, "topic", 0) is None
+    assert last_offset(client, "topic", 0) is None
 
 
 def test_kept_windows_by_start_client_and_sku(client, ledger, settled):

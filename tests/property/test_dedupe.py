@@ -45,6 +45,12 @@ if find_spec("numba") is not None:
 each_index = pytest.mark.parametrize("make", INDEXES.values(), ids=INDEXES)
 
 
+def columns_of(rows):
+    """Of (identity, payload digest, append time), as the ledger answers them."""
+    names = ("identity_hash", "payload_digest", "appended_at")
+    return dedupe_columns(dict(zip(names, row, strict=True)) for row in rows)
+
+
 def timed(log):
     now = 10_000
     for step, identity, digest in log:
@@ -87,8 +93,7 @@ def test_a_rebuilt_index_says_what_the_living_one_says(make, log, random):
     rebuilt = make()
     middle = newest - HORIZON // 2
     for part in ([row for row in rows if row[2] < middle], [row for row in rows if row[2] >= middle]):
-        names = ("identity_hash", "payload_digest", "appended_at")
-        rebuilt.add_all(*dedupe_columns(dict(zip(names, row, strict=True)) for row in part))
+        rebuilt.add_all(*columns_of(part))
 
     for identity in range(5):
         for later in (0, 1, SLICE, HORIZON // 2, HORIZON):
@@ -155,8 +160,7 @@ def test_an_id_of_each_slice_is_found_among_many(make):
 def test_of_an_id_that_stands_twice_the_later_copy_counts(make, rows, now):
     """Where the horizon has become longer, both are within: whatever their order in the ledger's answer."""
     index = make()
-    names = ("identity_hash", "payload_digest", "appended_at")
-    index.add_all(*dedupe_columns(dict(zip(names, (i, d, at), strict=True)) for i, at, d in rows))
+    index.add_all(*columns_of((identity, digest, at) for identity, at, digest in rows))
 
     for identity in range(4):
         copies = [(at, digest) for i, at, digest in rows if i == identity and at >= now - HORIZON]

@@ -66,6 +66,9 @@ class Ledger:
         offsets = [row["offset"] for row in self._of(topic_id, partition, 2**63)]
         return (len(offsets), min(offsets), max(offsets)) if offsets else None
 
+    def last_offset(self, topic_id, partition):
+        return max((row["offset"] for row in self._of(topic_id, partition, 2**63)), default=None)
+
     def dedupe_pages(self, topic_id, partition, applied_offset, appended_since_ms, offsets_per_page):
         pages = defaultdict(list)
         for row in self._of(topic_id, partition, applied_offset):

@@ -23,6 +23,7 @@ __all__ = [
     "dedupe_pages",
     "dedupe_rows",
     "kept_windows",
+    "last_offset",
     "length_sql",
     "partition_offsets",
     "window_sums",
@@ -120,6 +121,22 @@ def partition_offsets(client: Client, topic_id: str, partition: int) -> tuple[in
         {"topic_id": topic_id, "partition": partition},
     )
     return (count, first, last) if count else None
+
+
+def last_offset(client: Client, topic_id: str, partition: int) -> int | None:
+    """Last offset the ledger has of one source partition; None: it has no row.
+
+    Rows need no merge for it: what `partition_offsets` costs grows with all that was ever used.
+    """
+    ((rows, last),) = _execute(
+        client,
+        """
+        SELECT count(), max(`offset`) FROM events
+        WHERE topic_id = %(topic_id)s AND `partition` = %(partition)s
+        """,
+        {"topic_id": topic_id, "partition": partition},
+    )
+    return last if rows else None
 
 
 def dedupe_pages(  # noqa: PLR0917 - six plain facts

@@ -101,9 +101,9 @@ class MeteringOwner(PartitionOwner):
         """
         self._commit, self._log = commit, log
         settings, reader = self._tools.settings, self._tools.reader
-        in_ledger = await reader.ask(queries.partition_offsets, log.topic_id, log.partition)
         saved = state.get(meta_key(log.partition))
         if saved is None:
+            in_ledger = await reader.ask(queries.partition_offsets, log.topic_id, log.partition)
             meta = first_meta(log, in_ledger, settings)
             # Before any insert: rows without a meta record mean a lost changelog, and only that.
             await commit(Commit([(meta_key(log.partition), meta.to_bytes())], [], meta.applied_offset))
@@ -121,7 +121,7 @@ class MeteringOwner(PartitionOwner):
                 await reader.ask(queries.lifetime_totals, log.topic_id, log.partition, meta.applied_offset)
             )
         await self._check_windows(meta)
-        self._tell_replayed(in_ledger, meta)
+        self._tell_replayed(await reader.ask(queries.last_offset, log.topic_id, log.partition), meta)
         WATERMARK_AGE_SECONDS.labels(self._partition).set_function(self._watermark_age_s)
         self._show()
         return self._meter.next_offset
@@ -161,9 +161,9 @@ class MeteringOwner(PartitionOwner):
                 else:
                     await asyncio.to_thread(self._meter.seen.add_all, *ids)
 
-    def _tell_replayed(self, in_ledger: tuple[int, int, int] | None, meta: Meta) -> None:
+    def _tell_replayed(self, inserted: int | None, meta: Meta) -> None:
         """A crash between insert and commit leaves rows behind; they are inserted again, as the same rows."""
-        if in_ledger is not None and (inserted := in_ledger[2]) > meta.applied_offset:
+        if inserted is not None and inserted > meta.applied_offset:
             log.info(
                 "rows of an uncommitted flush found; their offsets are read again",
                 partition=self._partition,

@@ -36,7 +36,7 @@ class SlicedIndex:
 
     def may_be_older(self, identities: Sequence[int]) -> Sequence[bool]:
         """Which ids may be in the files."""
-        return self._files.may_hold_any(identities)
+        return self._files.may_hold_ids(identities)
 
     def add(self, identity: int, digest: int, appended_at: int) -> None:
         """Remember the copy that counts."""

@@ -89,12 +89,10 @@ class SliceFiles:
                     return digest
         return None
 
-    def may_hold_any(self, identities: Sequence[int]) -> Sequence[bool]:
-        """The same as `may_hold`, of ids that are no array."""
-        if not self._slices:
-            return [False] * len(identities)
-        if len(identities) < ASKED_AT_ONCE_MIN:
-            return [True] * len(identities)
+    def may_hold_ids(self, identities: Sequence[int]) -> Sequence[bool]:
+        """What `may_hold` says, of ids that are no array; of a few nothing is denied."""
+        if not self._slices or len(identities) < ASKED_AT_ONCE_MIN:
+            return [bool(self._slices)] * len(identities)
         lows = np.fromiter((identity & LOW_MASK for identity in identities), np.uint64, len(identities))
         held: list[bool] = self.may_hold(lows).tolist()
         return held

@@ -54,7 +54,7 @@ class ArrayIndex:
 
     def may_be_older(self, identities: Sequence[int]) -> Sequence[bool]:
         """Which ids may be in the files."""
-        return self._files.may_hold_any(identities)
+        return self._files.may_hold_ids(identities)
 
     def may_be_older_by_low(self, lows: Any) -> Any:
         """The same of many, by their low bits: uint64[ids] -> bool[ids]."""
